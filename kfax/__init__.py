@@ -1,0 +1,63 @@
+"""Curvature estimation and K-FAC optimization for JAX and Equinox."""
+
+from importlib.metadata import version as _version
+
+from ._blocks import (
+    Block as Block,
+    BlockState as BlockState,
+    Expand as Expand,
+    KroneckerFactored as KroneckerFactored,
+    KroneckerFactors as KroneckerFactors,
+    MatrixShape as MatrixShape,
+    Recorded as Recorded,
+    Reduce as Reduce,
+    Rows as Rows,
+    Sharing as Sharing,
+)
+from ._check import check as check
+from ._coverage import Coverage as Coverage, coverage as coverage, CoverageRow as CoverageRow
+from ._damping import (
+    DampingRule as DampingRule,
+    FixedDamping as FixedDamping,
+    LevenbergMarquardt as LevenbergMarquardt,
+    ScheduledDamping as ScheduledDamping,
+)
+from ._estimators import (
+    BlockDiagonalCurvature as BlockDiagonalCurvature,
+    BlockDiagonalState as BlockDiagonalState,
+    CurvatureEstimator as CurvatureEstimator,
+    ImplicitExactCurvature as ImplicitExactCurvature,
+)
+from ._fold import observe as observe, Slot as Slot
+from ._l2 import L2 as L2
+from ._layers import TaggedLayer as TaggedLayer, TaggedLinear as TaggedLinear
+from ._losses import (
+    categorical as categorical,
+    Loss as Loss,
+    multi_bernoulli as multi_bernoulli,
+    normal as normal,
+    sigmoid_cross_entropy as sigmoid_cross_entropy,
+    SigmoidCrossEntropy as SigmoidCrossEntropy,
+    softmax_cross_entropy as softmax_cross_entropy,
+    SoftmaxCrossEntropy as SoftmaxCrossEntropy,
+    squared_error as squared_error,
+    SquaredError as SquaredError,
+    Weighting as Weighting,
+)
+from ._optimizer import Optimizer as Optimizer, OptimizerState as OptimizerState, StepInfo as StepInfo
+from ._quadratic import QuadraticModel as QuadraticModel
+from ._registry import (
+    default_registry as default_registry,
+    Registry as Registry,
+    tag as tag,
+    untag as untag,
+)
+from ._sources import (
+    CurvaturePropagation as CurvaturePropagation,
+    CurvatureSource as CurvatureSource,
+    ExactGGN as ExactGGN,
+    SampledFisher as SampledFisher,
+)
+
+
+__version__ = _version("kfax")

@@ -1,0 +1,138 @@
+"""One linearisation of the model, and what is pulled back through it: gradients, and the statistics of its layers."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from ._fold import ExampleAxis, Slot
+from ._layers import fill_slots, tagged_layers, TaggedLayer
+from ._losses import Loss
+from ._objective import evaluate, Evaluation
+from ._registry import split_parameters
+from ._tree import tie
+from ._types import Model, Parameters, PRNGKey, Where
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What to read of one layer.
+
+    **Fields:**
+
+    - `zeros`: arrays of the shapes of what is read, with the stack axes of the layer.
+    - `statistic`: makes it of observed inputs, output cotangents and weights: see `Slot`.
+    - `is_sum`: whether it is a plain sum over rows.
+    """
+
+    zeros: PyTree[Array]
+    statistic: Callable
+    is_sum: bool
+
+
+class Linearization(eqx.Module):
+    """A model linearised at its parameters on one batch, ready to be differentiated backwards any number of times.
+
+    **Fields:**
+
+    - `evaluation`: the losses, and what else `loss_fn` returned.
+    - `weights`: of the examples, divided by their mean; `None` if equal.
+    - `pullback`: from cotangents of the losses' arrays to cotangents of the parameters and of the slots.
+    """
+
+    evaluation: Evaluation
+    weights: Float[Array, " n"] | None
+    pullback: Callable
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        return self.evaluation.losses
+
+    def gradient(self) -> Parameters:
+        """The gradient of the summed losses in the parameters, also through targets and weights."""
+
+        def value(losses):
+            return Evaluation(losses, None, None).value()
+
+        parameters, _ = self.pullback(eqx.filter_grad(value)(self.losses))
+        return parameters
+
+    def observe(self, cotangents: tuple[Float[Array, "n ..."], ...]) -> dict[str, Any]:
+        """What the layers' readings are when the losses' outputs have these cotangents, by path."""
+        return self.pullback(self._at_outputs(cotangents))[1]
+
+    def pull(self, cotangents: tuple[Float[Array, "n ..."], ...]) -> tuple[Parameters, dict[str, Any]]:
+        """The parameters' cotangent together with the readings."""
+        return self.pullback(self._at_outputs(cotangents))
+
+    def _at_outputs(self, cotangents):
+        """Cotangents of all arrays of the losses, which are zero but for the outputs."""
+        zeros = jax.tree.map(jnp.zeros_like, eqx.filter(self.losses, eqx.is_inexact_array))
+        return eqx.tree_at(lambda losses: [loss.outputs for loss in losses], zeros, list(cotangents))
+
+
+def linearize(
+    loss_fn: Callable,
+    model: Model,
+    batch: Any,
+    read: Callable[[TaggedLayer, int], Reading],
+    *,
+    example_axis: str | None,
+    frozen: Where | None,
+    key: PRNGKey | None,
+    model_state: Any,
+) -> Linearization:
+    """Runs the model forward with its slots filled.
+
+    **Arguments:**
+
+    - `loss_fn`, `model`, `batch`, `key`, `model_state`: see `evaluate`.
+    - `read`: given a layer that has shapes in place of its trained parameters, and the number of examples, says what
+        to read of it.
+    - `example_axis`: the name of the axis that enumerates the examples, or `None` for the outermost one.
+    - `frozen`: what is not trained.
+    """
+    parameters, rest = split_parameters(model, frozen)
+
+    def call(parameters, slots):
+        filled = fill_slots(eqx.combine(parameters, rest), slots)
+        evaluation = evaluate(loss_fn, filled, batch, key=key, model_state=model_state)
+        return evaluation.losses, (evaluation.model_state, evaluation.aux)
+
+    # Shapes first: slots depend on the number of examples. The values of the weights too, where there are any;
+    # what else this computes is not used and is left out under `jit`.
+    def unobserved():
+        return call(parameters, {})[0]
+
+    shapes = eqx.filter_eval_shape(unobserved)
+    num_examples = shapes[0].num_examples
+    weights = None
+    if any(loss.weighting.is_weighted for loss in shapes):
+        weights = jax.lax.stop_gradient(_example_weights(unobserved()))
+
+    external = (loss_fn, model, batch, key, model_state)
+    slots, values = {}, {}
+    for path, layer in tagged_layers(parameters).items():
+        reading = read(eqx.filter_eval_shape(lambda x: x, layer), num_examples)
+        stack = layer.shape().stack
+        stacked = None if weights is None else jnp.broadcast_to(weights, (*stack, num_examples))
+        axis = ExampleAxis(example_axis, num_examples, reading.is_sum and weights is None, path)
+        values[path] = tie(reading.zeros, external)
+        slots[path] = Slot(values[path], stacked, reading.statistic, axis)
+
+    def observed(parameters, values):
+        return call(parameters, {path: dataclasses.replace(slots[path], value=values[path]) for path in slots})
+
+    losses, pullback, (state, aux) = eqx.filter_vjp(observed, parameters, values, has_aux=True)
+    return Linearization(Evaluation(losses, state, aux), weights, pullback)
+
+
+def _example_weights(losses: tuple[Loss, ...]) -> Float[Array, " n"]:
+    """The weights with which examples count in the layers' inputs: the mean over all losses."""
+    ones = jnp.ones(losses[0].num_examples)
+    weights = [loss.example_weights() for loss in losses]
+    return jnp.mean(jnp.stack([ones if w is None else w for w in weights]), axis=0)

@@ -1,0 +1,127 @@
+"""Whether everything that the model does with its weights was observed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ._capture import linearize, Reading
+from ._layers import TaggedLayer, to_matrices
+from ._types import Model, PRNGKey, Where
+
+
+def check(
+    loss_fn: Callable,
+    model: Model,
+    batch: Any,
+    *,
+    key: PRNGKey | None = None,
+    model_state: Any = None,
+    example_axis: str | None = None,
+    frozen: Where | None = None,
+) -> None:
+    """Checks a tagged model against a loss function, on one batch.
+
+    For a random cotangent of the outputs the gradient of each layer's weights is computed twice: by differentiating
+    the model, and from the inputs and output cotangents that the layer's tag observed. They agree unless a weight is
+    also used where its tag cannot see it (`model.embedding.weight.T`, a rescaled copy). Curvature would then be
+    wrong without a sign. The loss must also be finite. Costs two passes through the model, compiled.
+
+    **Arguments:** as for [`kfax.Optimizer`][] and its `init`, which calls this.
+
+    **Returns:** nothing.
+
+    **Raises:** `ValueError` naming the layer whose weight is used behind its tag's back, or for a loss that is not
+    finite, or for whatever is found wrong while the model is traced.
+    """
+    arguments = (loss_fn, model, batch, key, model_state)
+    value, faults = eqx.filter_jit(_compare)(arguments, example_axis, frozen)
+    if not np.isfinite(value):
+        raise ValueError(_not_finite_message(float(value), batch, model))
+    faults = {path: float(fault) for path, fault in faults.items() if fault > 0}
+    if faults:
+        worst = max(faults, key=lambda path: faults[path])
+        others = f" (and also: {', '.join(f'`{path}`' for path in faults if path != worst)})" if len(faults) > 1 else ""
+        raise ValueError(
+            f"The gradient of the layer at `{worst}`, rebuilt from the inputs and output cotangents that its tag "
+            f"observed, is off by {100 * faults[worst]:.2g}%{others}. Its weights are also used behind its tag's back: "
+            f"for instance as raw `layer.weight`, or as a rescaled copy. Call the tagged layer wherever its weights "
+            "are used, or wrap the module that uses them in a tagged layer of its own, or freeze the layer with "
+            "`frozen=`."
+        )
+
+
+def _compare(arguments, example_axis, frozen) -> tuple[Array, dict[str, Float[Array, ""]]]:
+    """The loss, and for each layer the relative gap between the two gradients, or zero if within rounding."""
+    loss_fn, model, batch, key, model_state = arguments
+    linearization = linearize(
+        loss_fn,
+        model,
+        batch,
+        _read_gradient,
+        example_axis=example_axis,
+        frozen=frozen,
+        key=key,
+        model_state=model_state,
+    )
+    losses = linearization.losses
+    keys = jax.random.split(jax.random.key(0), len(losses))
+    shapes = [loss.outputs for loss in losses]
+    cotangents = tuple(jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, shapes, strict=True))
+    gradient, observed = linearization.pull(cotangents)
+    true = to_matrices(gradient)
+    return linearization.evaluation.value(), {path: _gap(true[path], *observed[path]) for path in observed}
+
+
+def _read_gradient(layer: TaggedLayer, num_examples: int) -> Reading:
+    """Reads the sum over all rows of `g āᵀ`, that of the absolute values, and how coarse the numbers are."""
+    del num_examples
+    shape = layer.shape()
+    dtype = shape.statistics_dtype
+
+    def outer(a, g):
+        matrix = jnp.einsum("npg,npa->ga", g, a)
+        return jnp.concatenate([matrix, g.sum((0, 1))[:, None]], axis=1) if shape.bias else matrix
+
+    def statistic(x, dy, weights):
+        del weights
+        rows = layer.rows(x, dy)
+        a, g = rows.inputs.astype(dtype), rows.cotangents.astype(dtype)
+        coarsest = max(jnp.finfo(y.dtype).eps for y in (x, dy) if jnp.issubdtype(y.dtype, jnp.inexact))
+        return outer(a, g), outer(jnp.abs(a), jnp.abs(g)), jnp.asarray(coarsest, dtype)
+
+    zeros = jnp.zeros((*shape.stack, shape.d_g, shape.d_a), dtype)
+    return Reading((zeros, zeros, jnp.zeros(shape.stack, dtype)), statistic, is_sum=True)
+
+
+def _gap(true: Array, observed: Array, magnitude: Array, resolution: Array) -> Float[Array, ""]:
+    """The relative distance, or zero where rounding explains it.
+
+    Products of rounded numbers are off by about `resolution` (of which there is one for each use, added up) times
+    their magnitudes; accelerators that round float32 products to 10 bits add up to 1e-3 of the result.
+    """
+    resolution = jnp.max(resolution)
+    largest = jnp.maximum(jnp.linalg.norm(true), jnp.linalg.norm(observed))
+    distance = jnp.linalg.norm(true - observed)
+    allowed = resolution**0.375 * largest + 100 * resolution * jnp.linalg.norm(magnitude)
+    return jnp.where(distance > allowed, distance / jnp.where(largest > 0, largest, 1), 0)
+
+
+def _not_finite_message(value: float, batch: Any, model: Model) -> str:
+    def culprits(tree, name):
+        leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, eqx.is_inexact_array))
+        return [f"`{name}{jax.tree_util.keystr(p)}`" for p, x in leaves if not bool(jnp.all(jnp.isfinite(x)))]
+
+    found = culprits(batch, "batch") + culprits(model, "model")
+    if found:
+        reason = f"There are NaNs or infinities in {', '.join(found)}: remove or mask them."
+    else:
+        reason = (
+            "Batch and model are finite: look for labels outside the range of classes, for a division by zero in the "
+            "model, or for an overflow of half precision."
+        )
+    return f"The loss is {value} at the initial parameters. {reason}"

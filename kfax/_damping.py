@@ -1,0 +1,160 @@
+"""How the damping λ is chosen: pure rules on one scalar."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool
+
+from ._scalars import positive, scalar, scheduled, within_unit
+from ._types import Counter, Scalar, Schedule
+
+
+class DampingRule(eqx.Module):
+    """Chooses λ at each step. λ is in loss/param²: multiply the loss by c, and λ is to be multiplied by c."""
+
+    @abc.abstractmethod
+    def init(self) -> Scalar:
+        """What `OptimizerState.damping` starts as."""
+
+    @abc.abstractmethod
+    def value(self, stored: Scalar, step: Counter) -> Scalar:
+        """λ of this step."""
+
+    @abc.abstractmethod
+    def wants_ratio(self, step: Counter) -> Bool[Array, ""] | bool:
+        """Whether the rule is to be told the reduction ratio of this step; `False` if it never is."""
+
+    @abc.abstractmethod
+    def update(self, damping: Scalar, ratio: Scalar) -> Scalar:
+        """What to store for the next step, on steps at which the rule wants the ratio."""
+
+
+class FixedDamping(DampingRule):
+    """The same λ at every step; what a plain number stands for."""
+
+    damping: Scalar
+
+    def __init__(self, damping: ArrayLike):
+        """**Arguments:**
+
+        - `damping`: λ > 0. [loss/param²]
+        """
+        self.damping = positive("damping", damping)
+
+    def init(self) -> Scalar:
+        return self.damping
+
+    def value(self, stored: Scalar, step: Counter) -> Scalar:
+        del stored, step
+        return self.damping
+
+    def wants_ratio(self, step: Counter) -> bool:
+        del step
+        return False
+
+    def update(self, damping: Scalar, ratio: Scalar) -> Scalar:
+        del ratio
+        return damping
+
+
+class ScheduledDamping(DampingRule):
+    """λ as a function of the step; what an optax schedule stands for."""
+
+    schedule: Schedule
+
+    def init(self) -> Scalar:
+        return scheduled("damping", self.schedule, jnp.zeros((), jnp.int32))
+
+    def value(self, stored: Scalar, step: Counter) -> Scalar:
+        del stored
+        return scheduled("damping", self.schedule, step)
+
+    def wants_ratio(self, step: Counter) -> bool:
+        del step
+        return False
+
+    def update(self, damping: Scalar, ratio: Scalar) -> Scalar:
+        del ratio
+        return damping
+
+
+class LevenbergMarquardt(DampingRule):
+    r"""Raises and lowers λ by how well the quadratic model predicts the change of the loss.
+
+    Every `period` steps the loss h is computed again after the step δ, on the same batch, and compared with the
+    prediction of the (undamped) quadratic model M:
+
+    $$\rho = \frac{h(\theta + \delta) - h(\theta)}{M(\delta) - M(0)}$$
+
+    λ is multiplied by `decay ** period` if ρ > `upper`, and divided by it if ρ < `lower` or not a number.
+
+    ??? cite "Source"
+        Martens & Grosse 2015, arXiv:1503.05671, section 6.5. Differs: the paper's M includes λ‖δ‖²/2, here only the
+        regulariser of the loss itself is included.
+    """
+
+    initial: Scalar
+    decay: Scalar
+    lower: Scalar
+    upper: Scalar
+    minimum: Scalar
+    maximum: Scalar
+    period: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        initial: ArrayLike,
+        *,
+        decay: ArrayLike = 0.95,
+        period: int = 5,
+        lower: ArrayLike = 0.25,
+        upper: ArrayLike = 0.75,
+        minimum: ArrayLike = 1e-8,
+        maximum: ArrayLike = jnp.inf,
+    ):
+        """**Arguments:**
+
+        - `initial`: λ of the first step. [loss/param²]
+        - `decay`: ω in (0, 1]; its power `period` is the factor of one adjustment. The default is that of the paper,
+            19/20.
+        - `period`: how many steps between adjustments.
+        - `lower`, `upper`: thresholds of the reduction ratio. The defaults are those of the paper.
+        - `minimum`, `maximum`: bounds for λ. [loss/param²]
+
+        **Raises:** `ValueError` for values out of their range.
+        """
+        if period < 1:
+            raise ValueError(f"`period` of `LevenbergMarquardt` must be at least 1, got {period}.")
+        self.initial = positive("initial", initial)
+        self.decay = within_unit("decay", decay)
+        self.lower = scalar("lower", lower)
+        self.upper = scalar("upper", upper)
+        self.minimum = positive("minimum", minimum)
+        self.maximum = positive("maximum", maximum)
+        self.period = period
+
+    def init(self) -> Scalar:
+        return self.initial
+
+    def value(self, stored: Scalar, step: Counter) -> Scalar:
+        del step
+        return stored
+
+    def wants_ratio(self, step: Counter) -> Bool[Array, ""] | bool:
+        return (step + 1) % self.period == 0
+
+    def update(self, damping: Scalar, ratio: Scalar) -> Scalar:
+        factor = self.decay**self.period
+        lowered, raised = damping * factor, damping / factor
+        # A NaN fails both comparisons: first the one that would keep or lower λ.
+        new = jnp.where(ratio > self.upper, lowered, jnp.where(ratio >= self.lower, damping, raised))
+        return jnp.clip(new, self.minimum, self.maximum)
+
+
+def as_damping_rule(damping: Any) -> DampingRule:
+    """A number is a fixed damping, a function of the step a scheduled one."""
+    if isinstance(damping, DampingRule):
+        return damping
+    return ScheduledDamping(damping) if callable(damping) else FixedDamping(damping)

@@ -1,0 +1,228 @@
+"""The slot: how a layer's inputs and output cotangents leave a transformed computation as finished statistics.
+
+A layer that wants to be observed passes its output through `observe(y, x, slot)`, which returns `y`. With `slot=None`
+that is all. Otherwise the slot holds arrays, and the caller differentiates with respect to *them*. `observe` is a
+`custom_vjp` function whose backward pass hands `dy` on to `y` untouched and gives the slot the "cotangent"
+`fold(x, dy)`: whatever statistic of the layer's inputs and output cotangents is wanted. Reverse mode then does the
+rest of the work. It adds up the contributions of several calls and of the iterations of a `scan`, it runs through
+`jit`, `cond` and `checkpoint`, and it stacks what belongs to stacked layers.
+
+What it would not do by itself is treat a batch well. Under `jax.vmap(model)` plain batching would compute the
+statistic of every example, an array of batch x d x d numbers, and only then sum it. So `fold` is a `custom_vmap`
+function, whose rule is consulted for every mapped axis, innermost first:
+
+- *Slot not mapped* (the same layer sees every element: examples, sequence positions, noise samples). The axis becomes
+  one more axis of rows of `x` and `dy`, and the result is reported as unmapped. When no axes are left, the statistic
+  of all rows is computed at once, in one matrix product.
+- *Slot mapped* (each element is a layer of its own: an ensemble, experts, stacked layers). The result is one
+  statistic for each element: `fold` is rebuilt around the vmapped statistic, so that the rule stays in force for the
+  axes still outside.
+
+Therefore a slot must be mapped over exactly those axes over which its layer's *statistics* are distinct. Whoever fills
+slots ties them to everything that the computation receives from outside (see `_tree.tie`).
+
+Which of the row axes enumerates the examples? Sums over all rows never ask. A statistic that is not a plain sum, such
+as one of per-example gradients, does, and so do example weights:
+
+- *Named*: the user writes `jax.vmap(model, axis_name="batch")`. `observe` takes `lax.axis_index("batch")`, the
+  *marker*, which is mapped over that axis and no other, so that the rule recognises it; `y` is made to depend on the
+  marker, so that the backward pass sees the axis even where `x` does not depend on the example.
+- *Unnamed*: the outermost row axis, the last one that the rule is asked about. Its size must be the number of
+  examples.
+
+Two kinds of statistic use this. A *sum* adds over rows: second moments, counts. A *linear* one keeps a leading axis of
+examples and is linear in each use of the layer (a per-example gradient), to be squared by the caller afterwards;
+squaring in each use would be wrong for a layer that is used twice. This module does not distinguish them: the
+statistic is a function, and its result has the shapes of the slot.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Float, Int, PyTree
+
+from ._types import Counter
+
+
+_Y = TypeVar("_Y", bound=Array)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleAxis:
+    """Which mapped axis enumerates the examples, and what to say when it cannot be found.
+
+    **Fields:**
+
+    - `name`: the `axis_name` of the `jax.vmap` over examples; `None` for the outermost mapped axis.
+    - `size`: the number of examples of the Loss.
+    - `is_sum`: whether the statistic is a plain sum over rows. Together with a name that needs no particular size, so
+        that the batch may be processed in parts.
+    - `path`: the layer, for messages.
+    """
+
+    name: str | None
+    size: int
+    is_sum: bool
+    path: str
+
+    def marker(self) -> Counter | None:
+        """An integer that is mapped over the named axis and no other."""
+        if self.name is None:
+            return None
+        try:
+            return jax.lax.axis_index(self.name)
+        except NameError as error:
+            raise ValueError(
+                f"The layer at `{self.path}` was called where no axis is named {self.name!r}, which is the "
+                f"`example_axis` given to the estimator. Write `jax.vmap(model, axis_name={self.name!r})` around the "
+                "model, or leave `example_axis` out to use the outermost mapped axis."
+            ) from error
+
+    def fault(self, found: int | None) -> str | None:
+        """What is wrong if the axis has size `found` (`None` if there is no such axis), or `None` if nothing is."""
+        if found == self.size or (self.name is not None and found is not None and self.is_sum):
+            return None
+        if self.name is not None:
+            seen = f"sees {found or 'no'} examples at a time on the axis named {self.name!r}"
+            return (
+                f"The layer at `{self.path}` {seen}, but the Loss has {self.size}. Example weights and per-example "
+                "statistics need all examples in one `jax.vmap` with that name: to save memory give kfax smaller "
+                "batches instead of looping inside `loss_fn`."
+            )
+        seen = "is under no mapped axis" if found is None else f"has an outermost mapped axis of size {found}"
+        return (
+            f"The layer at `{self.path}` {seen}, but the Loss has {self.size} examples (axis 0 of its outputs). "
+            'Name the axis of the examples: `jax.vmap(model, axis_name="batch")` in `loss_fn`, and '
+            '`example_axis="batch"` for the estimator. If the outputs have their examples on another axis than 0, move '
+            "it there with `jnp.moveaxis`."
+        )
+
+
+class Slot(eqx.Module):
+    """What an estimator puts into a layer in order to observe it.
+
+    **Fields:**
+
+    - `value`: arrays of the statistic's shapes and dtypes; their contents are never read. Differentiate with respect
+        to these.
+    - `weights`: the weight of each example, or `None` for equal weights. Carries the same stack axes as `value`.
+    - `statistic`: `(x, dy, weights) -> value`, where `x` and `dy` have the axes `(examples, positions)` before those
+        of one call of the layer.
+    - `axis`: which mapped axis enumerates the examples.
+    """
+
+    value: PyTree[Array]
+    weights: Float[Array, "*stack n"] | None
+    statistic: Callable = eqx.field(static=True)
+    axis: ExampleAxis = eqx.field(static=True)
+
+
+def observe(y: _Y, x: Array, slot: Slot | None) -> _Y:
+    """Returns `y`, and lets `slot` see the input `x` and, in the backward pass, the cotangent of `y`.
+
+    To be called by a tagged layer for each output `y` that is computed from `x` by its parameters. Both are arrays
+    of one call, without batch axes: those come from `jax.vmap`. Costs nothing when `slot` is `None`. Through a filled
+    slot there is a reverse mode, but no forward mode.
+    """
+    if slot is None:
+        return y
+    return _observer(slot, x.ndim, y.ndim)(y, x, slot.value, slot.weights, slot.axis.marker())
+
+
+def _observer(slot: Slot, x_ndim: int, y_ndim: int) -> Callable:
+    fold = _make_fold(_row_statistic(slot, x_ndim, y_ndim), num_stacks=0, named=slot.axis.name is not None)
+
+    @jax.custom_vjp
+    def observer(y, x, value, weights, marker):
+        del x, value, weights
+        return _depend(y, marker)
+
+    def forward(y, x, value, weights, marker):
+        return _depend(y, marker), (x, value, weights, marker)
+
+    def backward(residuals, dy):
+        x, value, weights, marker = residuals
+        statistic = fold(value, weights, marker, x, dy)
+        cotangent = jax.tree.map(lambda v, s: s.astype(v.dtype), value, statistic)
+        return dy, None, cotangent, None, None
+
+    observer.defvjp(forward, backward)
+    return observer
+
+
+def _depend(y: Array, marker: Int[Array, ""] | None) -> Array:
+    """`y`, but mapped over whatever axis the marker is mapped over."""
+    if marker is None:
+        return y
+    return jax.lax.select(jnp.broadcast_to(marker >= 0, y.shape), y, y)
+
+
+def _row_statistic(slot: Slot, x_ndim: int, y_ndim: int) -> Callable:
+    """The slot's statistic as a function of `x` and `dy` with all their row axes, the examples' first if known.
+
+    JAX traces `fold` once without any axis, before it consults the rule. So an axis that is not what it should be is
+    no error yet: it becomes one, in place of the statistic, if this is the computation that is run in the end.
+    """
+    shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), slot.value)
+    axis, read = slot.axis, slot.statistic
+
+    def statistic(seen: bool, weights, x, dy):
+        rows = x.shape[: x.ndim - x_ndim]
+        found = rows[0] if rows and (seen or axis.name is None) else None
+        fault = axis.fault(found)
+        if fault is not None:
+            zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
+            anything = jnp.ravel(dy)[0]
+            return eqx.error_if(zeros, (anything == anything) | (anything != anything), fault)
+        x = x.reshape(rows[0], -1, *x.shape[x.ndim - x_ndim :])
+        dy = dy.reshape(rows[0], -1, *dy.shape[dy.ndim - y_ndim :])
+        return read(x, dy, weights)
+
+    return statistic
+
+
+def _make_fold(statistic: Callable, num_stacks: int, named: bool, seen: bool = False) -> Callable:
+    """Builds `fold(value, weights, marker, x, dy)`, whose operands have the axes `(*stacks, *rows, *one call)`.
+
+    `seen` says that the named example axis is among the rows, as the first of them.
+    """
+
+    @custom_vmap
+    def fold(value, weights, marker, x, dy):
+        del value, marker
+        return statistic(seen, weights, x, dy)
+
+    @fold.def_vmap
+    def rule(size, mapped, value, weights, marker, x, dy):
+        def broadcast(array, is_mapped):
+            return array if is_mapped else jnp.broadcast_to(array, (size, *array.shape))
+
+        value_mapped, weights_mapped, marker_mapped, x_mapped, dy_mapped = mapped
+        x, dy = broadcast(x, x_mapped), broadcast(dy, dy_mapped)
+
+        if any(jax.tree.leaves(value_mapped)):
+            # One layer for each element: one statistic for each element.
+            value = jax.tree.map(broadcast, value, value_mapped)
+            weights = jax.tree.map(broadcast, weights, weights_mapped)
+
+            def stacked(seen, *operands):
+                return jax.vmap(functools.partial(statistic, seen))(*operands)
+
+            out = _make_fold(stacked, num_stacks + 1, named, seen)(value, weights, marker, x, dy)
+            return out, jax.tree.map(lambda _: True, out)
+
+        # One layer for all elements: the axis enumerates rows.
+        is_examples = named and not seen and any(jax.tree.leaves(marker_mapped))
+        position = num_stacks + (1 if seen else 0)
+        x, dy = jnp.moveaxis(x, 0, position), jnp.moveaxis(dy, 0, position)
+        rows = _make_fold(statistic, num_stacks, named, seen or is_examples)
+        out = rows(value, weights, None if is_examples else marker, x, dy)
+        return out, jax.tree.map(lambda _: False, out)
+
+    return fold

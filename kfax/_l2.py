@@ -1,0 +1,60 @@
+"""The L2 regulariser: one source for the loss, the gradient and the curvature."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, PyTree
+
+from ._layers import tagged_layers
+from ._scalars import scalar
+from ._tree import dot
+from ._types import Model, Parameters, Scalar, Where
+
+
+class L2(eqx.Module):
+    r"""Adds $\tfrac\eta2 \|\theta\|^2$ to the loss: ηθ to its gradient, and ηI to its curvature.
+
+    Unlike decoupled weight decay it is part of the objective, so that it shows in the loss and in the quadratic model.
+    """
+
+    coefficient: Scalar
+    where: Where | None = eqx.field(static=True)
+
+    def __init__(self, coefficient: ArrayLike, where: Where | None = None):
+        """**Arguments:**
+
+        - `coefficient`: η ≥ 0. [loss/param²]
+        - `where`: what is regularised: a function of the model that returns nodes of it, as in `equinox.tree_at`.
+            Everything that is trained, if not given.
+        """
+        self.coefficient = scalar("l2", coefficient)
+        self.where = where
+
+    def mask(self, model: Model, parameters: Parameters) -> PyTree[bool]:
+        """Which leaves of the parameters are regularised."""
+        if self.where is None:
+            return jax.tree.map(lambda _: True, parameters)
+        chosen = {id(leaf) for leaf in jax.tree.leaves(self.where(model)) if eqx.is_array(leaf)}
+        if not chosen <= {id(leaf) for leaf in jax.tree.leaves(model)}:
+            raise ValueError(
+                "`where` of `kfax.L2` must return nodes of the model, as in `where=lambda model: "
+                "[layer.weight for layer in model.layers]`, but it returned arrays that are not among its leaves."
+            )
+        return jax.tree.map(lambda leaf: id(leaf) in chosen, parameters)
+
+    def multiply(self, mask: PyTree[bool], vector: Parameters) -> Parameters:
+        """The regulariser's curvature times a vector; of the parameters themselves, its gradient."""
+        return jax.tree.map(
+            lambda chosen, x: self.coefficient.astype(x.dtype) * x if chosen else jnp.zeros_like(x), mask, vector
+        )
+
+    def value(self, mask: PyTree[bool], parameters: Parameters) -> Scalar:
+        return dot(parameters, self.multiply(mask, parameters)) / 2
+
+    def by_layer(self, mask: PyTree[bool], parameters: Parameters) -> dict[str, Float[Array, ""]]:
+        """What to add to each layer's damping: η times the share of its parameters that is regularised."""
+        flags = jax.tree.map(lambda chosen, x: jnp.full(x.shape, chosen, jnp.float32), mask, parameters)
+        return {
+            path: self.coefficient * jnp.mean(layer.to_matrix()).astype(self.coefficient.dtype)
+            for path, layer in tagged_layers(flags).items()
+        }

@@ -1,0 +1,108 @@
+"""The one convention for a user's `loss_fn`, and what comes out of calling it."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from ._losses import Loss
+from ._types import Model, PRNGKey, Scalar
+
+
+class Evaluation(eqx.Module):
+    """What `loss_fn` returned.
+
+    **Fields:**
+
+    - `losses`: one or more losses of the same examples.
+    - `model_state`: the new state, or `None` if `loss_fn` takes none.
+    - `aux`: whatever else it returned.
+    """
+
+    losses: tuple[Loss, ...]
+    model_state: Any
+    aux: Any
+
+    @property
+    def num_examples(self) -> int:
+        return self.losses[0].num_examples
+
+    def value(self) -> Scalar:
+        """The sum of all losses, in at least float32."""
+        return sum((loss.value() for loss in self.losses[1:]), self.losses[0].value())
+
+
+def evaluate(
+    loss_fn: Callable, model: Model, batch: Any, *, key: PRNGKey | None = None, model_state: Any = None
+) -> Evaluation:
+    """Calls `loss_fn(model, batch)`, with `key` and `model_state` if it has parameters of these names.
+
+    It must return a [`kfax.Loss`][], or a list or dictionary of losses, or a tuple of that and more:
+    `(losses, aux)`; or, if it takes a `model_state`, `(losses, model_state)` or `(losses, model_state, aux)`.
+    """
+    names = inspect.signature(loss_fn).parameters
+    arguments = {}
+    if "key" in names:
+        if key is not None:
+            arguments["key"] = key
+        elif names["key"].default is inspect.Parameter.empty:
+            raise ValueError("`loss_fn` takes a `key`, but none was given: pass `key=jax.random.key(...)`.")
+    takes_state = "model_state" in names
+    if takes_state:
+        if model_state is None and names["model_state"].default is inspect.Parameter.empty:
+            raise ValueError("`loss_fn` takes a `model_state`, but none was given: pass `model_state=...`.")
+        arguments["model_state"] = model_state
+    elif model_state is not None:
+        raise ValueError(
+            "A `model_state` was given, but `loss_fn` has no parameter of this name. Write it as "
+            "`loss_fn(model, batch, model_state)` and return `(losses, model_state)`."
+        )
+    result = loss_fn(model, batch, **arguments)
+    extra = result[1:] if isinstance(result, tuple) else ()
+    losses = result[0] if isinstance(result, tuple) and result else result
+    smallest, largest = (1, 2) if takes_state else (0, 1)
+    if not smallest <= len(extra) <= largest or _is_losses(extra):
+        expected = "(losses, model_state) or (losses, model_state, aux)" if takes_state else "losses or (losses, aux)"
+        raise ValueError(
+            f"`loss_fn` must return {expected}, but it returned {_describe(result)}. Several losses go in a list, "
+            "`[loss_1, loss_2]`."
+        )
+    state = extra[0] if takes_state else None
+    aux = extra[-1] if len(extra) == largest else None
+    return Evaluation(_as_losses(losses), state, aux)
+
+
+def _is_losses(x: Any) -> bool:
+    leaves = jax.tree.leaves(x, is_leaf=lambda node: isinstance(node, Loss))
+    return bool(leaves) and all(isinstance(leaf, Loss) for leaf in leaves)
+
+
+def _as_losses(x: Any) -> tuple[Loss, ...]:
+    if not _is_losses(x):
+        raise ValueError(
+            f"`loss_fn` must return a kfax Loss, but it returned {_describe(x)}. Return the object that "
+            "`kfax.softmax_cross_entropy(logits, labels)`, `kfax.sigmoid_cross_entropy` or `kfax.squared_error` makes, "
+            "for the whole batch: kfax needs the outputs, not only the loss's value."
+        )
+    losses = tuple(jax.tree.leaves(x, is_leaf=lambda node: isinstance(node, Loss)))
+    for loss in losses:
+        if jnp.ndim(loss.outputs) == 0:
+            raise ValueError("A loss was made inside `jax.vmap`. Make it outside, of the outputs of the whole batch.")
+    sizes = {loss.num_examples for loss in losses}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"All losses must have the same examples on axis 0 of their outputs, but these have {sorted(sizes)}. "
+            "Leave examples out of a loss by `weights` or `mask`."
+        )
+    return losses
+
+
+def _describe(x: Any) -> str:
+    if eqx.is_array(x):
+        return f"an array of dtype {x.dtype} and shape {x.shape}"
+    if isinstance(x, tuple | list):
+        return f"a {type(x).__name__} of {len(x)}: {', '.join(type(item).__name__ for item in x)}"
+    return f"a {type(x).__name__}"

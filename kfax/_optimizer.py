@@ -1,0 +1,362 @@
+"""The K-FAC optimizer: from a model, a state and a batch to the next model and state."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
+
+from ._capture import Linearization
+from ._check import check
+from ._damping import as_damping_rule, DampingRule
+from ._estimators import BlockDiagonalCurvature, CurvatureEstimator, ImplicitExactCurvature
+from ._l2 import L2
+from ._layers import tagged_layers
+from ._objective import evaluate
+from ._quadratic import PlaneModel, QuadraticModel
+from ._registry import split_parameters
+from ._scalars import positive, scalar, scheduled
+from ._tree import combine, cond, dot, is_traced, norm, zeros_like
+from ._types import Counter, Model, Parameters, PRNGKey, Scalar, Schedule, Where
+
+
+Coefficient = Scalar | Schedule | QuadraticModel
+
+
+class OptimizerState(eqx.Module):
+    """What the optimizer remembers between steps. Does not depend on the batch size.
+
+    **Fields:**
+
+    - `step`: how many steps were taken.
+    - `damping`: λ, as the damping rule left it. [loss/param²]
+    - `velocity`: the previous update of the parameters. [param]
+    - `curvature`: the state of the estimator, with its inverses.
+    """
+
+    step: Counter
+    damping: Scalar
+    velocity: Parameters
+    curvature: Any
+
+
+class StepInfo(eqx.Module):
+    """What happened in a step.
+
+    **Fields:**
+
+    - `step`: its number, from zero.
+    - `loss`: the objective before the step: all losses, and the L2 term.
+    - `gradient_norm`: of the objective. [loss/param]
+    - `update_norm`: of the change of the parameters. [param]
+    - `learning_rate`, `momentum`: the coefficients that were used.
+    - `damping`: λ of this step. [loss/param²]
+    - `predicted_change`: the change of the objective that the quadratic model predicts, without damping. NaN on steps
+        that had no use for it.
+    - `reduction_ratio`: the actual change over the predicted one. NaN on steps that did not measure it.
+    - `model_state`: the new one, if `loss_fn` returned one.
+    - `aux`: what else `loss_fn` returned.
+    """
+
+    step: Counter
+    loss: Scalar
+    gradient_norm: Scalar
+    update_norm: Scalar
+    learning_rate: Scalar
+    momentum: Scalar
+    damping: Scalar
+    predicted_change: Scalar
+    reduction_ratio: Scalar
+    model_state: Any
+    aux: Any
+
+
+class Optimizer(eqx.Module):
+    r"""Minimises a loss by preconditioned gradient steps with momentum.
+
+    $$\delta_t = -\alpha_t\, (\hat C + (\lambda_t + \eta) I)^{-1} \nabla h(\theta_t) + \beta_t\, \delta_{t-1}, \qquad
+    \theta_{t+1} = \theta_t + \delta_t$$
+
+    with Ĉ the estimator's curvature, λ the damping and η the coefficient of L2. `init` and `step` are pure functions:
+    jit them, scan them, vmap them as you like. An optimizer is a PyTree whose numbers are array leaves, so that another
+    value needs no new compilation.
+
+    ??? cite "Source"
+        Martens & Grosse 2015, arXiv:1503.05671, algorithm 2. Differs: the preconditioner is damped by λ itself, not
+        by a γ that is searched for separately.
+    """
+
+    loss_fn: Callable
+    learning_rate: Coefficient
+    momentum: Coefficient
+    damping: DampingRule
+    estimator: CurvatureEstimator
+    l2: L2
+    inverse_update_period: int = eqx.field(static=True)
+    curvature_update_period: int = eqx.field(static=True)
+    frozen: Where | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        loss_fn: Callable,
+        *,
+        learning_rate: ArrayLike | Schedule | QuadraticModel,
+        momentum: ArrayLike | Schedule | QuadraticModel,
+        damping: ArrayLike | Schedule | DampingRule,
+        l2: ArrayLike | L2 = 0.0,
+        estimator: CurvatureEstimator = BlockDiagonalCurvature(),
+        inverse_update_period: int = 5,
+        curvature_update_period: int = 1,
+        frozen: Where | None = None,
+    ):
+        """**Arguments:**
+
+        - `loss_fn`: called as `loss_fn(model, batch)`, and with `key=` and `model_state=` if it has parameters of
+            these names. Returns a [`kfax.Loss`][] of the whole batch (or a list or dictionary of them), or a tuple
+            `(losses, aux)`; if it takes a model state, `(losses, model_state)` or `(losses, model_state, aux)`.
+        - `learning_rate`: α, a number, a schedule (a function of the step, as those of optax), or
+            [`kfax.QuadraticModel`][].
+        - `momentum`: β, likewise.
+        - `damping`: λ, a number, a schedule, or a rule such as [`kfax.LevenbergMarquardt`][]. [loss/param²]
+        - `l2`: η, a number, or a [`kfax.L2`][] for some of the parameters. [loss/param²]
+        - `estimator`: of the curvature.
+        - `inverse_update_period`: how many steps between refreshes of the inverse, the costly part.
+        - `curvature_update_period`: how many steps between updates of the statistics.
+        - `frozen`: what is not trained: a function of the model that returns nodes of it, as in [`kfax.tag`][].
+
+        **Raises:** `ValueError` for values out of their range.
+        """
+        if not callable(loss_fn):
+            raise ValueError(f"`loss_fn` must be a function of model and batch, got {type(loss_fn).__name__}.")
+        if inverse_update_period < 1 or curvature_update_period < 1:
+            raise ValueError("`inverse_update_period` and `curvature_update_period` count steps: at least 1.")
+        self.loss_fn = loss_fn
+        self.learning_rate = _coefficient("learning_rate", learning_rate)
+        self.momentum = _coefficient("momentum", momentum)
+        self.damping = as_damping_rule(damping)
+        self.l2 = l2 if isinstance(l2, L2) else L2(l2)
+        self.estimator = estimator
+        self.inverse_update_period = inverse_update_period
+        self.curvature_update_period = curvature_update_period
+        self.frozen = frozen
+
+    def init(self, model: Model, batch: Any, *, key: PRNGKey | None = None, model_state: Any = None) -> OptimizerState:
+        """**Arguments:**
+
+        - `model`: the tagged model.
+        - `batch`: as for `step`. Used only to check model and `loss_fn` by [`kfax.check`][], which takes values: inside
+            `jit` and the like there is no such check.
+        - `key`, `model_state`: for `loss_fn`, if it takes them.
+
+        **Returns:** the state for the first step.
+
+        **Raises:** `ValueError` for a parameter without a block, and all that `kfax.check` raises.
+        """
+        parameters, _ = split_parameters(model, self.frozen)
+        if not is_traced((model, batch, key, model_state)):
+            check(
+                self.loss_fn,
+                model,
+                batch,
+                key=key,
+                model_state=model_state,
+                example_axis=self.estimator.example_axis,
+                frozen=self.frozen,
+            )
+        return OptimizerState(
+            step=jnp.zeros((), jnp.int32),
+            damping=self.damping.init(),
+            velocity=zeros_like(parameters),
+            curvature=self.estimator.init(model, frozen=self.frozen),
+        )
+
+    def step(
+        self,
+        model: Model,
+        state: OptimizerState,
+        batch: Any,
+        *,
+        key: PRNGKey | None = None,
+        model_state: Any = None,
+        learning_rate: ArrayLike | None = None,
+        momentum: ArrayLike | None = None,
+        damping: ArrayLike | None = None,
+    ) -> tuple[Model, OptimizerState, StepInfo]:
+        """**Arguments:**
+
+        - `model`: the tagged model.
+        - `state`: from `init` or the previous step.
+        - `batch`: passed to `loss_fn`.
+        - `key`: for the estimator's source if it draws random numbers, and for `loss_fn` if it takes a key.
+        - `model_state`: for `loss_fn`, if it takes one.
+        - `learning_rate`, `momentum`, `damping`: used in this step in place of what the optimizer would choose.
+
+        **Returns:** the next model, the next state, and a [`kfax.StepInfo`][].
+
+        **Raises:** `ValueError` if model, state and batch do not fit.
+        """
+        parameters, _ = split_parameters(model, self.frozen)
+        _check_state(state, parameters)
+        loss_key, source_key = (None, None) if key is None else jax.random.split(key)
+        inputs = {"key": loss_key, "model_state": model_state}
+        mask = self.l2.mask(model, parameters)
+
+        linearization = self.estimator.linearize(self.loss_fn, model, batch, frozen=self.frozen, **inputs)
+        loss = linearization.evaluation.value() + self.l2.value(mask, parameters)
+        gradient = combine((1, 1), (linearization.gradient(), self.l2.multiply(mask, parameters)))
+        lam = self.damping.value(state.damping, state.step) if damping is None else positive("damping", damping)
+
+        curvature = self._estimate(state, linearization, parameters, mask, lam, source_key)
+        descent = combine((-1,), (self.estimator.solve(curvature, gradient),))
+        given = (
+            _choose("learning_rate", self.learning_rate, learning_rate, state.step),
+            _choose("momentum", self.momentum, momentum, state.step),
+        )
+        directions = (descent, state.velocity)
+        is_exact = given[0] is None or given[1] is None
+        predicted = jnp.full((), jnp.nan, loss.dtype)
+        coefficients = given
+        if is_exact:
+            plane = self._plane(model, batch, inputs, mask, gradient, directions)
+            coefficients = plane.minimize(lam, *given)
+            predicted = plane.change(jnp.stack(coefficients).astype(loss.dtype)).astype(loss.dtype)
+        update = combine(coefficients, directions)
+        new_model = eqx.apply_updates(model, update)
+
+        def measure():
+            change = predicted if is_exact else self._approximate_change(curvature, mask, gradient, update)
+            change = change.astype(loss.dtype)
+            new_parameters, _ = split_parameters(new_model, self.frozen)
+            after = evaluate(self.loss_fn, new_model, batch, **inputs).value() + self.l2.value(mask, new_parameters)
+            ratio = ((after - loss) / change).astype(loss.dtype)
+            return self.damping.update(lam, ratio), change, ratio
+
+        def do_not_measure():
+            return lam, predicted, jnp.full((), jnp.nan, loss.dtype)
+
+        wanted = self.damping.wants_ratio(state.step)
+        new_damping, predicted, ratio = do_not_measure() if wanted is False else cond(wanted, measure, do_not_measure)
+        info = StepInfo(
+            step=state.step,
+            loss=loss,
+            gradient_norm=norm(gradient),
+            update_norm=norm(update),
+            learning_rate=coefficients[0],
+            momentum=coefficients[1],
+            damping=lam,
+            predicted_change=predicted,
+            reduction_ratio=ratio,
+            model_state=linearization.evaluation.model_state,
+            aux=linearization.evaluation.aux,
+        )
+        return new_model, OptimizerState(state.step + 1, new_damping, update, curvature), info
+
+    def state_axes(self, state: OptimizerState) -> PyTree[int | None]:
+        """`in_axes` and `out_axes` of a state for `equinox.filter_vmap` over an ensemble: all arrays but the counter.
+
+        An unmapped counter keeps "every fifth step" one decision for the whole ensemble. With a mapped one, JAX would
+        do the work of both branches at every step.
+
+        **Arguments:**
+
+        - `state`: that of one member or of the ensemble, or its shapes.
+
+        **Returns:** zeros, and `None` for `step`, in the structure of the state.
+        """
+        axes = jax.tree.map(lambda _: 0, state)
+        return eqx.tree_at(lambda s: s.step, axes, None)
+
+    def _estimate(
+        self,
+        state: OptimizerState,
+        linearization: Linearization,
+        parameters: Parameters,
+        mask: PyTree[bool],
+        damping: Scalar,
+        key: PRNGKey | None,
+    ) -> Any:
+        """The curvature with this batch in it, and its inverses, each if it is due."""
+        estimator = self.estimator
+        curvature = cond(
+            _is_due(state.step, self.curvature_update_period),
+            lambda: estimator.fold(state.curvature, linearization, parameters, key),
+            lambda: state.curvature,
+        )
+        l2 = self.l2.by_layer(mask, parameters)
+        return cond(
+            _is_due(state.step, self.inverse_update_period),
+            lambda: estimator.refresh(curvature, parameters, {path: damping + eta for path, eta in l2.items()}),
+            lambda: curvature,
+        )
+
+    def _plane(
+        self,
+        model: Model,
+        batch: Any,
+        inputs: dict[str, Any],
+        mask: PyTree[bool],
+        gradient: Parameters,
+        directions: tuple[Parameters, ...],
+    ) -> PlaneModel:
+        """The exact quadratic model in the plane of the two directions."""
+        exact = ImplicitExactCurvature()
+        gram = exact.gram(self.loss_fn, model, batch, directions, frozen=self.frozen, **inputs)
+        inner = _table(directions, directions)
+        l2 = _table(directions, tuple(self.l2.multiply(mask, v) for v in directions))
+        slopes = jnp.stack([dot(gradient, v) for v in directions])
+        return PlaneModel(gram + l2, inner, slopes)
+
+    def _approximate_change(
+        self, curvature: Any, mask: PyTree[bool], gradient: Parameters, update: Parameters
+    ) -> Scalar:
+        """What the estimator's own quadratic model predicts, without damping."""
+        product = combine((1, 1), (self.estimator.multiply(curvature, update), self.l2.multiply(mask, update)))
+        return dot(gradient, update) + dot(update, product) / 2
+
+
+def _coefficient(name: str, value: Any) -> Coefficient:
+    if isinstance(value, QuadraticModel) or callable(value):
+        return value
+    return scalar(name, value)
+
+
+def _choose(name: str, coefficient: Coefficient, given: ArrayLike | None, step: Counter) -> Scalar | None:
+    """The coefficient's value in this step; `None` if the quadratic model is to choose it."""
+    if given is not None:
+        return scalar(name, given)
+    if isinstance(coefficient, QuadraticModel):
+        return None
+    if callable(coefficient):
+        return scheduled(name, coefficient, step)
+    return coefficient
+
+
+def _is_due(step: Counter, period: int) -> Bool[Array, ""] | bool:
+    return True if period == 1 else step % period == 0
+
+
+def _table(left: tuple[Parameters, ...], right: tuple[Parameters, ...]) -> Float[Array, "k k"]:
+    return jnp.stack([jnp.stack([dot(v, w) for w in right]) for v in left])
+
+
+def _check_state(state: OptimizerState, parameters: Parameters) -> None:
+    """The state must have been made for a model like this one."""
+
+    def shapes(tree):
+        return {path: layer.shape() for path, layer in tagged_layers(tree).items()}
+
+    expected, found = shapes(state.velocity), shapes(parameters)
+    for path in expected | found:
+        if expected.get(path) != found.get(path):
+            was, now = (tree[path] if path in tree else "nothing" for tree in (expected, found))
+            raise ValueError(
+                f"The optimizer's state was made for another model: at `{path}` it has {was}, but the model has {now}. "
+                "Call `optimizer.init(model, batch)` for the changed model (or was `frozen` changed?)."
+            )
+    if jax.tree.structure(state.velocity) != jax.tree.structure(parameters):
+        raise ValueError(
+            "The optimizer's state was made for a model of another structure (other blocks, or static fields). Call "
+            "`optimizer.init(model, batch)` for the changed model."
+        )

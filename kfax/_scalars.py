@@ -1,0 +1,57 @@
+"""Numbers and schedules that a user gives, checked."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._types import Counter, Scalar, Schedule
+
+
+def scalar(name: str, value: Any) -> Scalar:
+    """A floating-point scalar array, so that a new value does not mean a new trace."""
+    try:
+        array = jnp.asarray(value, jnp.result_type(float))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{name}` must be a number, or a schedule (a function from the step to a number), got {value!r}."
+        ) from error
+    if array.ndim != 0:
+        raise ValueError(
+            f"`{name}` must be a single number, got an array of shape {array.shape}. To try several at once, make the "
+            "optimizer inside `equinox.filter_vmap`."
+        )
+    return array
+
+
+def positive(name: str, value: Any) -> Scalar:
+    """A scalar array, checked to be positive if its value can be known."""
+    array = scalar(name, value)
+    if not isinstance(array, jax.core.Tracer) and not float(array) > 0:
+        raise ValueError(
+            f"`{name}` must be positive, got {value}. Damping keeps the inverse of a singular curvature finite; for "
+            "as little as is safe in float32 try 1e-8 times the largest curvature."
+        )
+    return array
+
+
+def within_unit(name: str, value: Any) -> Scalar:
+    """A scalar array, checked to be in (0, 1] if its value can be known."""
+    array = scalar(name, value)
+    if not isinstance(array, jax.core.Tracer) and not 0 < float(array) <= 1:
+        raise ValueError(f"`{name}` must be in (0, 1], got {value}.")
+    return array
+
+
+def scheduled(name: str, schedule: Schedule, step: Counter) -> Scalar:
+    """What a schedule says for a step."""
+    try:
+        value = jnp.asarray(schedule(step), jnp.result_type(float))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The schedule for `{name}` must return a number for a step.") from error
+    if value.ndim != 0:
+        raise ValueError(
+            f"The schedule for `{name}` must return a single number for a step, but it returned an array of shape "
+            f"{value.shape}. Return a scalar, as the schedules of optax do."
+        )
+    return value

@@ -1,0 +1,77 @@
+"""Vector-space operations on PyTrees of arrays."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, PyTree
+
+from ._types import Scalar
+
+
+def dot(x: PyTree[Array], y: PyTree[Array]) -> Scalar:
+    """The inner product of two PyTrees of one structure, in the widest dtype among their leaves (at least float32)."""
+
+    def leaf(a, b):
+        dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+        return jnp.sum(a.astype(dtype) * b.astype(dtype))
+
+    return jax.tree.reduce(operator.add, jax.tree.map(leaf, x, y), jnp.zeros((), jnp.float32))
+
+
+def norm(x: PyTree[Array]) -> Scalar:
+    """The Euclidean norm of a PyTree."""
+    return jnp.sqrt(dot(x, x))
+
+
+def combine(coefficients: tuple[ArrayLike, ...], trees: tuple[PyTree[Array], ...]) -> PyTree[Array]:
+    """The linear combination of several PyTrees of one structure; each leaf keeps the first tree's dtype."""
+
+    def leaf(first, *rest):
+        terms = (c * x for c, x in zip(coefficients, (first, *rest), strict=True))
+        return jax.tree.reduce(operator.add, list(terms)).astype(first.dtype)
+
+    return jax.tree.map(leaf, *trees)
+
+
+def select(predicate: Array, on_true: PyTree[Array], on_false: PyTree[Array]) -> PyTree[Array]:
+    """Chooses between two PyTrees of one structure by a scalar predicate; what is not chosen may hold NaNs."""
+    return jax.tree.map(lambda a, b: jnp.where(predicate, a, b), on_true, on_false)
+
+
+def zeros_like(x: PyTree[Array]) -> PyTree[Array]:
+    return jax.tree.map(jnp.zeros_like, x)
+
+
+def is_traced(x: PyTree) -> bool:
+    """Whether any array in `x` is being traced, so that its values cannot be looked at."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))
+
+
+def tie(x: PyTree[Array], to: Any) -> PyTree[Array]:
+    """Returns `x` unchanged, but mapped over every `jax.vmap` axis that an array in `to` is mapped over.
+
+    An array that does not depend on a mapped input is not mapped itself; here that distinction carries meaning
+    (see `_fold`), so it is made explicit. XLA removes the operation.
+    """
+
+    def first(leaf):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        return jnp.reshape(leaf, (-1,))[0] == jnp.reshape(leaf, (-1,))[0]
+
+    flags = [first(leaf) for leaf in jax.tree.leaves(eqx.filter(to, eqx.is_array)) if leaf.size > 0]
+    if not flags:
+        return x
+    flag = jax.tree.reduce(operator.or_, flags)
+    return jax.tree.map(lambda leaf: jax.lax.select(jnp.broadcast_to(flag, leaf.shape), leaf, leaf), x)
+
+
+def cond(predicate: Any, on_true: Callable[[], Any], on_false: Callable[[], Any]) -> Any:
+    """`jax.lax.cond`, or a plain `if` where the predicate's value is known."""
+    if isinstance(predicate, jax.core.Tracer):
+        return jax.lax.cond(predicate, on_true, on_false)
+    return on_true() if predicate else on_false()

@@ -1,0 +1,18 @@
+"""Names for the shapes and callables that recur in signatures."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt32
+
+
+Scalar: TypeAlias = Float[Array, ""]
+Counter: TypeAlias = Int[Array, ""]
+Schedule: TypeAlias = Callable[[Any], Any]
+PRNGKey: TypeAlias = Key[Array, ""] | UInt32[Array, "2"]
+
+# A model, or something of a model's structure: its gradient, a direction, a filter.
+Model: TypeAlias = PyTree
+Parameters: TypeAlias = PyTree
+# Selects nodes of a model, as the `where` of `equinox.tree_at` does.
+Where: TypeAlias = Callable[[Any], Any]

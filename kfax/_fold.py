@@ -47,6 +47,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int, PyTree
 
+from ._tree import tie
 from ._types import Counter
 
 
@@ -149,8 +150,9 @@ def _observer(slot: Slot, x_ndim: int, y_ndim: int) -> Callable:
     def backward(residuals, dy):
         x, value, weights, marker = residuals
         statistic = fold(value, weights, marker, x, dy)
-        cotangent = jax.tree.map(lambda v, s: s.astype(v.dtype), value, statistic)
-        return dy, None, cotangent, None, None
+        cotangent = jax.tree.map(lambda v, s: jnp.asarray(s, v.dtype), value, statistic)
+        # Also what is constant, such as a count of rows, must be as mapped (or device-varying) as the slot is.
+        return dy, None, tie(cotangent, value), None, None
 
     observer.defvjp(forward, backward)
     return observer

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -50,7 +50,7 @@ class TaggedLayer(eqx.Module):
         """V, from the parameters (or whatever stands in their places, such as their gradient)."""
 
     @abc.abstractmethod
-    def from_matrix(self, matrix: Float[Array, "*stack d_g d_a"]) -> Self:
+    def from_matrix(self, matrix: Float[Array, "*stack d_g d_a"]) -> "TaggedLayer":
         """The layer with its parameters replaced by those in a matrix like V."""
 
 

@@ -1,0 +1,89 @@
+"""Dense truths: slow, obvious, and without kfax."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+
+def softmax_loss(f, y):
+    """One example, summed over positions; integer labels."""
+    return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(f), y[..., None], axis=-1))
+
+
+def sigmoid_loss(f, y):
+    return jnp.sum(jnp.logaddexp(0, f) - y * f)
+
+
+def squared_loss(f, y):
+    return jnp.sum((f - y) ** 2)
+
+
+def output_hessians(loss, outputs, targets):
+    """`(n, c, c)`, with the outputs of one example raveled."""
+    size = outputs[0].size
+
+    def one(f, y):
+        return jax.hessian(lambda flat: loss(flat.reshape(f.shape), y))(f.reshape(-1)).reshape(size, size)
+
+    return jnp.stack([one(f, y) for f, y in zip(outputs, targets, strict=True)])
+
+
+def jacobians(function, parameters):
+    """`(n, c, p)`: the jacobian of a function from parameters to outputs `(n, ...)`, everything else raveled."""
+    flat, unravel = ravel_pytree(parameters)
+    jacobian = jax.jacrev(lambda v: function(unravel(v)))(flat)
+    return jacobian.reshape(jacobian.shape[0], -1, flat.size)
+
+
+def ggn(function, parameters, loss, targets, weights=None):
+    """The generalised Gauss-Newton matrix of the (weighted) mean over examples, `(p, p)`."""
+    j = jacobians(function, parameters)
+    h = output_hessians(loss, function(parameters), targets)
+    w = jnp.ones(len(j)) if weights is None else weights
+    return jnp.einsum("n,nci,ncd,ndj->ij", w / w.sum(), j, h, j)
+
+
+def block_diagonal(matrix, groups):
+    """Zero outside the blocks of equal `groups`, `(p,)`."""
+    return jnp.where(groups[:, None] == groups[None, :], matrix, 0)
+
+
+def signs(size):
+    return jnp.array(list(itertools.product([-1.0, 1.0], repeat=size)))
+
+
+def kronecker(a, g):
+    """The block of V `(d_g, d_a)` raveled row by row."""
+    return jnp.kron(g, a)
+
+
+def explicit_rows(function, layer, x, cotangent):
+    """Runs `function(call, x)` for one example, where each `call(z)` is one use of `layer(z)`.
+
+    Returns the inputs `(uses, d_a)` and output cotangents `(uses, d_g)` of all uses, one row for each.
+    """
+    inputs = []
+
+    def run(offsets):
+        inputs.clear()
+
+        def call(z):
+            inputs.append(z)
+            return layer(z) + offsets[len(inputs) - 1]
+
+        return function(call, x), list(inputs)
+
+    number = 0
+
+    def count(z):
+        nonlocal number
+        number += 1
+        return layer(z)
+
+    function(count, x)
+    zero = jnp.zeros_like(layer(jnp.zeros_like(x.reshape(-1, x.shape[-1])[0])))
+    _, pullback, used = jax.vjp(run, [zero] * number, has_aux=True)
+    (cotangents,) = pullback(cotangent)
+    return jnp.stack(used), jnp.stack(cotangents)

@@ -32,10 +32,7 @@ from ._fold import observe as observe, Slot as Slot
 from ._l2 import L2 as L2
 from ._layers import TaggedLayer as TaggedLayer, TaggedLinear as TaggedLinear
 from ._losses import (
-    categorical as categorical,
     Loss as Loss,
-    multi_bernoulli as multi_bernoulli,
-    normal as normal,
     sigmoid_cross_entropy as sigmoid_cross_entropy,
     SigmoidCrossEntropy as SigmoidCrossEntropy,
     softmax_cross_entropy as softmax_cross_entropy,
@@ -59,5 +56,10 @@ from ._sources import (
     SampledFisher as SampledFisher,
 )
 
+
+# The losses by the names of the distributions of which they are the negative log-likelihoods.
+categorical = softmax_cross_entropy
+multi_bernoulli = sigmoid_cross_entropy
+normal = squared_error
 
 __version__ = _version("kfax")

@@ -1,4 +1,4 @@
-"""One linearisation of the model, and what is pulled back through it: gradients, and the statistics of its layers."""
+"""One linearization of the model, and what is pulled back through it: gradients, and the statistics of its layers."""
 
 import dataclasses
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class Reading:
 
 
 class Linearization(eqx.Module):
-    """A model linearised at its parameters on one batch, ready to be differentiated backwards any number of times.
+    """A model linearized at its parameters on one batch, ready to be differentiated backwards any number of times.
 
     **Fields:**
 

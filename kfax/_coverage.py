@@ -127,7 +127,7 @@ def _cells(row: CoverageRow) -> tuple[str, ...]:
     return (row.path or "(model)", parameters, row.layer or "", block, *(costs if row.num_bytes else ("",) * 4))
 
 
-def _si(value: float, unit: str) -> str:
+def _si(value: float | int, unit: str) -> str:
     prefixes = ["", "k", "M", "G", "T", "P"]
     while value >= 1000 and len(prefixes) > 1:
         value /= 1000

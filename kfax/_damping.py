@@ -60,7 +60,12 @@ class FixedDamping(DampingRule):
 
 
 class ScheduledDamping(DampingRule):
-    """λ as a function of the step; what an optax schedule stands for."""
+    """λ as a function of the step; what an optax schedule stands for.
+
+    **Fields:**
+
+    - `schedule`: from the step to λ > 0. [loss/param²]
+    """
 
     schedule: Schedule
 
@@ -92,7 +97,7 @@ class LevenbergMarquardt(DampingRule):
 
     ??? cite "Source"
         Martens & Grosse 2015, arXiv:1503.05671, section 6.5. Differs: the paper's M includes λ‖δ‖²/2, here only the
-        regulariser of the loss itself is included.
+        regularizer of the loss itself is included.
     """
 
     initial: Scalar

@@ -25,7 +25,7 @@ Which of the row axes enumerates the examples? Sums over all rows never ask. A s
 as one of per-example gradients, does, and so do example weights:
 
 - *Named*: the user writes `jax.vmap(model, axis_name="batch")`. `observe` takes `lax.axis_index("batch")`, the
-  *marker*, which is mapped over that axis and no other, so that the rule recognises it; `y` is made to depend on the
+  *marker*, which is mapped over that axis and no other, so that the rule recognizes it; `y` is made to depend on the
   marker, so that the backward pass sees the axis even where `x` does not depend on the example.
 - *Unnamed*: the outermost row axis, the last one that the rule is asked about. Its size must be the number of
   examples.

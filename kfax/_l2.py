@@ -1,4 +1,4 @@
-"""The L2 regulariser: one source for the loss, the gradient and the curvature."""
+"""The L2 regularizer: one source for the loss, the gradient and the curvature."""
 
 import equinox as eqx
 import jax
@@ -24,14 +24,14 @@ class L2(eqx.Module):
         """**Arguments:**
 
         - `coefficient`: η ≥ 0. [loss/param²]
-        - `where`: what is regularised: a function of the model that returns nodes of it, as in `equinox.tree_at`.
+        - `where`: what is regularized: a function of the model that returns nodes of it, as in `equinox.tree_at`.
             Everything that is trained, if not given.
         """
         self.coefficient = scalar("l2", coefficient)
         self.where = where
 
     def mask(self, model: Model, parameters: Parameters) -> PyTree[bool]:
-        """Which leaves of the parameters are regularised."""
+        """Which leaves of the parameters are regularized."""
         if self.where is None:
             return jax.tree.map(lambda _: True, parameters)
         chosen = {id(leaf) for leaf in jax.tree.leaves(self.where(model)) if eqx.is_array(leaf)}
@@ -43,7 +43,7 @@ class L2(eqx.Module):
         return jax.tree.map(lambda leaf: id(leaf) in chosen, parameters)
 
     def multiply(self, mask: PyTree[bool], vector: Parameters) -> Parameters:
-        """The regulariser's curvature times a vector; of the parameters themselves, its gradient."""
+        """The regularizer's curvature times a vector; of the parameters themselves, its gradient."""
         return jax.tree.map(
             lambda chosen, x: self.coefficient.astype(x.dtype) * x if chosen else jnp.zeros_like(x), mask, vector
         )
@@ -52,7 +52,7 @@ class L2(eqx.Module):
         return dot(parameters, self.multiply(mask, parameters)) / 2
 
     def by_layer(self, mask: PyTree[bool], parameters: Parameters) -> dict[str, Float[Array, ""]]:
-        """What to add to each layer's damping: η times the share of its parameters that is regularised."""
+        """What to add to each layer's damping: η times the share of its parameters that is regularized."""
         flags = jax.tree.map(lambda chosen, x: jnp.full(x.shape, chosen, jnp.float32), mask, parameters)
         return {
             path: self.coefficient * jnp.mean(layer.to_matrix()).astype(self.coefficient.dtype)

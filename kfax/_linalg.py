@@ -41,9 +41,7 @@ def psd_inverse(matrix: Float[Array, "*stack d d"]) -> Float[Array, "*stack d d"
     return matmul(jnp.swapaxes(root, -1, -2), root)
 
 
-def by_size(
-    function: Callable[[Float[Array, "n d d"]], Float[Array, "n d d"]], matrices: Sequence[Float[Array, "... d d"]]
-) -> list[Float[Array, "... d d"]]:
+def by_size(function: Callable[[Array], Array], matrices: Sequence[Array]) -> list[Array]:
     """Applies `function`, which takes a stack of square matrices, once for each size and dtype among `matrices`.
 
     Fewer, larger calls: a smaller program to compile, and batched kernels on accelerators.
@@ -70,12 +68,13 @@ def damp_factors(
     With `π² = (tr A / d_a) / (tr G / d_g)`, `Â ∝ A + π√λ I` and `Ĝ ∝ G + √λ/π I` (Martens & Grosse 2015, section
     6.3). They are returned on a common scale, `tr Â / d_a = tr Ĝ / d_g`, which leaves the product unchanged and keeps
     both near the middle of the exponent range. A 1x1 factor is left undamped and all of λ goes to the other one,
-    which makes the damping exact. If either factor vanishes the product is `λI`.
+    which makes the damping exact. If either factor vanishes (beside λ) the product is `λI`.
     """
     d_a, d_g = a.shape[-1], g.shape[-1]
     mean_a, mean_g = trace(a) / d_a, trace(g) / d_g
     product = mean_a * mean_g
-    alive = (mean_a > 0) & (mean_g > 0)
+    # Anything smaller is nothing beside λ, and must not be divided by.
+    alive = product > jnp.finfo(a.dtype).eps ** 2 * damping.astype(a.dtype)
     safe = jnp.where(alive, product, 1)
     num_matrices = max((d_a > 1) + (d_g > 1), 1)
     relative = (damping.astype(a.dtype) / safe) ** (1 / num_matrices)

@@ -61,7 +61,7 @@ def evaluate(
             "`loss_fn(model, batch, model_state)` and return `(losses, model_state)`."
         )
     result = loss_fn(model, batch, **arguments)
-    extra = result[1:] if isinstance(result, tuple) else ()
+    extra: tuple[Any, ...] = result[1:] if isinstance(result, tuple) else ()
     losses = result[0] if isinstance(result, tuple) and result else result
     smallest, largest = (1, 2) if takes_state else (0, 1)
     if not smallest <= len(extra) <= largest or _is_losses(extra):

@@ -74,7 +74,7 @@ class StepInfo(eqx.Module):
 
 
 class Optimizer(eqx.Module):
-    r"""Minimises a loss by preconditioned gradient steps with momentum.
+    r"""Minimizes a loss by preconditioned gradient steps with momentum.
 
     $$\delta_t = -\alpha_t\, (\hat C + (\lambda_t + \eta) I)^{-1} \nabla h(\theta_t) + \beta_t\, \delta_{t-1}, \qquad
     \theta_{t+1} = \theta_t + \delta_t$$
@@ -201,51 +201,35 @@ class Optimizer(eqx.Module):
         _check_state(state, parameters)
         loss_key, source_key = (None, None) if key is None else jax.random.split(key)
         inputs = {"key": loss_key, "model_state": model_state}
-        mask = self.l2.mask(model, parameters)
-
         linearization = self.estimator.linearize(self.loss_fn, model, batch, frozen=self.frozen, **inputs)
-        loss = linearization.evaluation.value() + self.l2.value(mask, parameters)
-        gradient = combine((1, 1), (linearization.gradient(), self.l2.multiply(mask, parameters)))
-        lam = self.damping.value(state.damping, state.step) if damping is None else positive("damping", damping)
-
-        curvature = self._estimate(state, linearization, parameters, mask, lam, source_key)
-        descent = combine((-1,), (self.estimator.solve(curvature, gradient),))
+        mask = self.l2.mask(model, parameters)
+        now = _Present(
+            model=model,
+            batch=batch,
+            inputs=inputs,
+            mask=mask,
+            loss=linearization.evaluation.value() + self.l2.value(mask, parameters),
+            gradient=combine((1, 1), (linearization.gradient(), self.l2.multiply(mask, parameters))),
+            damping=self.damping.value(state.damping, state.step) if damping is None else positive("damping", damping),
+        )
+        curvature = self._estimate(now, state, linearization, parameters, source_key)
         given = (
             _choose("learning_rate", self.learning_rate, learning_rate, state.step),
             _choose("momentum", self.momentum, momentum, state.step),
         )
-        directions = (descent, state.velocity)
-        is_exact = given[0] is None or given[1] is None
-        predicted = jnp.full((), jnp.nan, loss.dtype)
-        coefficients = given
-        if is_exact:
-            plane = self._plane(model, batch, inputs, mask, gradient, directions)
-            coefficients = plane.minimize(lam, *given)
-            predicted = plane.change(jnp.stack(coefficients).astype(loss.dtype)).astype(loss.dtype)
-        update = combine(coefficients, directions)
+        descent = combine((-1,), (self.estimator.solve(curvature, now.gradient),))
+        coefficients, predicted = self._coefficients(now, given, (descent, state.velocity))
+        update = combine(coefficients, (descent, state.velocity))
         new_model = eqx.apply_updates(model, update)
-
-        def measure():
-            change = predicted if is_exact else self._approximate_change(curvature, mask, gradient, update)
-            change = change.astype(loss.dtype)
-            new_parameters, _ = split_parameters(new_model, self.frozen)
-            after = evaluate(self.loss_fn, new_model, batch, **inputs).value() + self.l2.value(mask, new_parameters)
-            ratio = ((after - loss) / change).astype(loss.dtype)
-            return self.damping.update(lam, ratio), change, ratio
-
-        def do_not_measure():
-            return lam, predicted, jnp.full((), jnp.nan, loss.dtype)
-
-        wanted = self.damping.wants_ratio(state.step)
-        new_damping, predicted, ratio = do_not_measure() if wanted is False else cond(wanted, measure, do_not_measure)
+        new_damping, predicted, ratio = self._assess(now, state.step, curvature, update, new_model, predicted)
         info = StepInfo(
             step=state.step,
-            loss=loss,
-            gradient_norm=norm(gradient),
+            loss=now.loss,
+            gradient_norm=norm(now.gradient),
             update_norm=norm(update),
             learning_rate=coefficients[0],
             momentum=coefficients[1],
-            damping=lam,
+            damping=now.damping,
             predicted_change=predicted,
             reduction_ratio=ratio,
             model_state=linearization.evaluation.model_state,
@@ -270,50 +254,83 @@ class Optimizer(eqx.Module):
 
     def _estimate(
         self,
+        now: "_Present",
         state: OptimizerState,
         linearization: Linearization,
         parameters: Parameters,
-        mask: PyTree[bool],
-        damping: Scalar,
         key: PRNGKey | None,
     ) -> Any:
         """The curvature with this batch in it, and its inverses, each if it is due."""
-        estimator = self.estimator
         curvature = cond(
             _is_due(state.step, self.curvature_update_period),
-            lambda: estimator.fold(state.curvature, linearization, parameters, key),
+            lambda: self.estimator.fold(state.curvature, linearization, parameters, key),
             lambda: state.curvature,
         )
-        l2 = self.l2.by_layer(mask, parameters)
+        damping = {path: now.damping + eta for path, eta in self.l2.by_layer(now.mask, parameters).items()}
         return cond(
             _is_due(state.step, self.inverse_update_period),
-            lambda: estimator.refresh(curvature, parameters, {path: damping + eta for path, eta in l2.items()}),
+            lambda: self.estimator.refresh(curvature, parameters, damping),
             lambda: curvature,
         )
 
-    def _plane(
-        self,
-        model: Model,
-        batch: Any,
-        inputs: dict[str, Any],
-        mask: PyTree[bool],
-        gradient: Parameters,
-        directions: tuple[Parameters, ...],
-    ) -> PlaneModel:
-        """The exact quadratic model in the plane of the two directions."""
+    def _coefficients(
+        self, now: "_Present", given: tuple[Scalar | None, Scalar | None], directions: tuple[Parameters, Parameters]
+    ) -> tuple[tuple[Scalar, Scalar], Scalar | None]:
+        """Learning rate and momentum, and the change that the exact quadratic model predicts if it was asked."""
+        learning_rate, momentum = given
+        if learning_rate is not None and momentum is not None:
+            return (learning_rate, momentum), None
         exact = ImplicitExactCurvature()
-        gram = exact.gram(self.loss_fn, model, batch, directions, frozen=self.frozen, **inputs)
-        inner = _table(directions, directions)
-        l2 = _table(directions, tuple(self.l2.multiply(mask, v) for v in directions))
-        slopes = jnp.stack([dot(gradient, v) for v in directions])
-        return PlaneModel(gram + l2, inner, slopes)
+        gram = exact.gram(self.loss_fn, now.model, now.batch, directions, frozen=self.frozen, **now.inputs)
+        l2 = _table(directions, tuple(self.l2.multiply(now.mask, v) for v in directions))
+        slopes = jnp.stack([dot(now.gradient, v) for v in directions])
+        plane = PlaneModel(gram + l2, _table(directions, directions), slopes)
+        coefficients = plane.minimize(now.damping, learning_rate, momentum)
+        return coefficients, plane.change(jnp.stack(coefficients))
 
-    def _approximate_change(
-        self, curvature: Any, mask: PyTree[bool], gradient: Parameters, update: Parameters
-    ) -> Scalar:
+    def _assess(
+        self,
+        now: "_Present",
+        step: Counter,
+        curvature: Any,
+        update: Parameters,
+        new_model: Model,
+        predicted: Scalar | None,
+    ) -> tuple[Scalar, Scalar, Scalar]:
+        """The next λ, the predicted change and the reduction ratio; NaN for what was not computed."""
+        dtype = now.loss.dtype
+        unknown = jnp.full((), jnp.nan, dtype)
+
+        def measure():
+            change = self._approximate_change(now, curvature, update) if predicted is None else predicted
+            new_parameters, _ = split_parameters(new_model, self.frozen)
+            after = evaluate(self.loss_fn, new_model, now.batch, **now.inputs).value()
+            after = after + self.l2.value(now.mask, new_parameters)
+            ratio = (after - now.loss) / change
+            return self.damping.update(now.damping, ratio), change.astype(dtype), ratio.astype(dtype)
+
+        def do_not_measure():
+            return now.damping, unknown if predicted is None else predicted.astype(dtype), unknown
+
+        wanted = self.damping.wants_ratio(step)
+        return do_not_measure() if wanted is False else cond(wanted, measure, do_not_measure)
+
+    def _approximate_change(self, now: "_Present", curvature: Any, update: Parameters) -> Scalar:
         """What the estimator's own quadratic model predicts, without damping."""
-        product = combine((1, 1), (self.estimator.multiply(curvature, update), self.l2.multiply(mask, update)))
-        return dot(gradient, update) + dot(update, product) / 2
+        product = combine((1, 1), (self.estimator.multiply(curvature, update), self.l2.multiply(now.mask, update)))
+        return dot(now.gradient, update) + dot(update, product) / 2
+
+
+class _Present(eqx.Module):
+    """What is known at the start of a step and needed by its parts; `inputs` are `loss_fn`'s optional arguments."""
+
+    model: Model
+    batch: Any
+    inputs: dict[str, Any]
+    mask: PyTree[bool]
+    loss: Scalar
+    gradient: Parameters
+    damping: Scalar
 
 
 def _coefficient(name: str, value: Any) -> Coefficient:
@@ -350,7 +367,7 @@ def _check_state(state: OptimizerState, parameters: Parameters) -> None:
     expected, found = shapes(state.velocity), shapes(parameters)
     for path in expected | found:
         if expected.get(path) != found.get(path):
-            was, now = (tree[path] if path in tree else "nothing" for tree in (expected, found))
+            was, now = (str(tree[path]) if path in tree else "nothing" for tree in (expected, found))
             raise ValueError(
                 f"The optimizer's state was made for another model: at `{path}` it has {was}, but the model has {now}. "
                 "Call `optimizer.init(model, batch)` for the changed model (or was `frozen` changed?)."

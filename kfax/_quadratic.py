@@ -8,12 +8,12 @@ from ._types import Scalar
 
 
 class QuadraticModel(eqx.Module):
-    r"""Chooses the learning rate, the momentum or both by minimising the exact local quadratic model.
+    r"""Chooses the learning rate, the momentum or both by minimizing the exact local quadratic model.
 
     $$q(\delta) = \tfrac12 \delta^\top (C + (\eta + \lambda) I)\, \delta + \nabla h^\top \delta, \qquad
     \delta = \alpha \Delta + \beta v$$
 
-    Δ is the preconditioned descent direction, v the previous update, C the exact generalised Gauss-Newton matrix of
+    Δ is the preconditioned descent direction, v the previous update, C the exact generalized Gauss-Newton matrix of
     the batch, η the coefficient of L2 and λ the damping. It takes one forward-mode pass through the model for each of
     Δ and v. Meant for large batches: on a small batch it trusts the batch's own curvature too much.
 
@@ -37,7 +37,7 @@ class PlaneModel(eqx.Module):
     slopes: Float[Array, " k"]
 
     def minimize(self, damping: Scalar, learning_rate: Scalar | None, momentum: Scalar | None) -> tuple[Scalar, Scalar]:
-        """The coefficients of the first two directions that minimise the damped model; those given are kept."""
+        """The coefficients of the first two directions that minimize the damped model; those given are kept."""
         q, b = self.gram + damping * self.inner, self.slopes
         if learning_rate is None and momentum is None:
             alpha, beta = -_solve_psd(q, b)

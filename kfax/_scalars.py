@@ -2,15 +2,17 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from ._tree import is_traced
 from ._types import Counter, Scalar, Schedule
 
 
 def scalar(name: str, value: Any) -> Scalar:
     """A floating-point scalar array, so that a new value does not mean a new trace."""
     try:
+        if isinstance(value, str):  # which NumPy would parse
+            raise TypeError(value)
         array = jnp.asarray(value, jnp.result_type(float))
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -27,7 +29,7 @@ def scalar(name: str, value: Any) -> Scalar:
 def positive(name: str, value: Any) -> Scalar:
     """A scalar array, checked to be positive if its value can be known."""
     array = scalar(name, value)
-    if not isinstance(array, jax.core.Tracer) and not float(array) > 0:
+    if not is_traced(array) and not float(array) > 0:
         raise ValueError(
             f"`{name}` must be positive, got {value}. Damping keeps the inverse of a singular curvature finite; for "
             "as little as is safe in float32 try 1e-8 times the largest curvature."
@@ -38,7 +40,7 @@ def positive(name: str, value: Any) -> Scalar:
 def within_unit(name: str, value: Any) -> Scalar:
     """A scalar array, checked to be in (0, 1] if its value can be known."""
     array = scalar(name, value)
-    if not isinstance(array, jax.core.Tracer) and not 0 < float(array) <= 1:
+    if not is_traced(array) and not 0 < float(array) <= 1:
         raise ValueError(f"`{name}` must be in (0, 1], got {value}.")
     return array
 

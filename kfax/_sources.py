@@ -32,7 +32,7 @@ class CurvatureSource(eqx.Module):
 
 
 class ExactGGN(CurvatureSource):
-    r"""The generalised Gauss-Newton matrix exactly: every column of S, where $H = S S^\top$.
+    r"""The generalized Gauss-Newton matrix exactly: every column of S, where $H = S S^\top$.
 
     One backward pass for each entry of an example's outputs (classes times positions), in a loop that is compiled
     once. Deterministic, needs no key. For the losses of kfax it is the exact Fisher information matrix as well.
@@ -86,7 +86,7 @@ class SampledFisher(CurvatureSource):
 
 
 class CurvaturePropagation(CurvatureSource):
-    r"""The generalised Gauss-Newton matrix, estimated by $S \varepsilon$ with random signs ε.
+    r"""The generalized Gauss-Newton matrix, estimated by $S \varepsilon$ with random signs ε.
 
     Unbiased, one backward pass for each sample. Needs a key. Its variance is at most that of `SampledFisher` for
     normal distributions, and it needs no sampling from the model.

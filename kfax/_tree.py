@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, PyTree
 
 from ._types import Scalar
@@ -48,7 +49,7 @@ def zeros_like(x: PyTree[Array]) -> PyTree[Array]:
 
 def is_traced(x: PyTree) -> bool:
     """Whether any array in `x` is being traced, so that its values cannot be looked at."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x))
 
 
 def tie(x: PyTree[Array], to: Any) -> PyTree[Array]:
@@ -59,7 +60,7 @@ def tie(x: PyTree[Array], to: Any) -> PyTree[Array]:
     """
 
     def first(leaf):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         return jnp.reshape(leaf, (-1,))[0] == jnp.reshape(leaf, (-1,))[0]
 
@@ -72,6 +73,6 @@ def tie(x: PyTree[Array], to: Any) -> PyTree[Array]:
 
 def cond(predicate: Any, on_true: Callable[[], Any], on_false: Callable[[], Any]) -> Any:
     """`jax.lax.cond`, or a plain `if` where the predicate's value is known."""
-    if isinstance(predicate, jax.core.Tracer):
+    if is_traced(predicate):
         return jax.lax.cond(predicate, on_true, on_false)
     return on_true() if predicate else on_false()

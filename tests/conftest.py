@@ -1,14 +1,26 @@
 """Every test runs with shapes and types checked at run time, in float64, on four CPU devices."""
 
+import os
 import sys
 
-import jax
 import pytest
-from jaxtyping import install_import_hook
 
 
-if "kfax" in sys.modules:
-    raise pytest.UsageError("kfax was imported before the run-time type checker was installed: run pytest by itself.")
+if "kfax" in sys.modules or "jax" in sys.modules:
+    raise pytest.UsageError("JAX or kfax was imported before the tests could set them up: run pytest by itself.")
+
+# Most of the time goes into compiling programs that run once: let LLVM optimize less. What is computed stays the same.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
+
+import jax  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 4)  # takes effect only before JAX starts

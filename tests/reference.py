@@ -22,23 +22,22 @@ def squared_loss(f, y):
 
 def output_hessians(loss, outputs, targets):
     """`(n, c, c)`, with the outputs of one example raveled."""
-    size = outputs[0].size
 
     def one(f, y):
-        return jax.hessian(lambda flat: loss(flat.reshape(f.shape), y))(f.reshape(-1)).reshape(size, size)
+        return jax.hessian(lambda flat: loss(flat.reshape(f.shape), y))(f.reshape(-1))
 
-    return jnp.stack([one(f, y) for f, y in zip(outputs, targets, strict=True)])
+    return jax.jit(jax.vmap(one))(outputs, targets)
 
 
 def jacobians(function, parameters):
     """`(n, c, p)`: the jacobian of a function from parameters to outputs `(n, ...)`, everything else raveled."""
     flat, unravel = ravel_pytree(parameters)
-    jacobian = jax.jacrev(lambda v: function(unravel(v)))(flat)
+    jacobian = jax.jit(jax.jacrev(lambda v: function(unravel(v))))(flat)
     return jacobian.reshape(jacobian.shape[0], -1, flat.size)
 
 
 def ggn(function, parameters, loss, targets, weights=None):
-    """The generalised Gauss-Newton matrix of the (weighted) mean over examples, `(p, p)`."""
+    """The generalized Gauss-Newton matrix of the (weighted) mean over examples, `(p, p)`."""
     j = jacobians(function, parameters)
     h = output_hessians(loss, function(parameters), targets)
     w = jnp.ones(len(j)) if weights is None else weights
@@ -75,15 +74,13 @@ def explicit_rows(function, layer, x, cotangent):
 
         return function(call, x), list(inputs)
 
-    number = 0
+    zeros = []
 
     def count(z):
-        nonlocal number
-        number += 1
+        zeros.append(jnp.zeros_like(layer(z)))
         return layer(z)
 
     function(count, x)
-    zero = jnp.zeros_like(layer(jnp.zeros_like(x.reshape(-1, x.shape[-1])[0])))
-    _, pullback, used = jax.vjp(run, [zero] * number, has_aux=True)
+    _, pullback, used = jax.vjp(run, zeros, has_aux=True)
     (cotangents,) = pullback(cotangent)
     return jnp.stack(used), jnp.stack(cotangents)

@@ -428,7 +428,7 @@ def test_no_array_of_one_matrix_for_each_example():
         return jax.vmap(lambda x: positions_of_layers(filled, x))(VECTORS)
 
     def compiled(function, *arguments):
-        return jax.jit(function).lower(*arguments).compile().as_text()
+        return jax.jit(function).lower(*arguments).compile().as_text() or ""
 
     stacked = compiled(lambda c: jax.vjp(run, layers.slot.value)[1](c)[0], COTANGENT)
     plain = compiled(lambda c, x: collect(SCENARIOS[3].batched, moments, None, x, c), COTANGENT, SEQUENCES)

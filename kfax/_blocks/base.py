@@ -35,10 +35,12 @@ class MatrixShape(eqx.Module):
 
     @property
     def d_g(self) -> int:
+        """The number of rows of V."""
         return self.num_outputs
 
     @property
     def d_a(self) -> int:
+        """The number of columns of V, that of a bias included."""
         return self.num_inputs + self.bias
 
     @property
@@ -50,6 +52,9 @@ class MatrixShape(eqx.Module):
     def statistics_dtype(self) -> np.dtype:
         """The dtype of curvature: that of the parameters, but at least float32."""
         return jnp.promote_types(self.dtype, jnp.float32)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{[*self.stack, self.d_g, self.d_a]}" + (" with a bias" if self.bias else "")
 
     def over_stack(self, function):
         """`function` mapped over the stack axes of its array arguments."""
@@ -144,11 +149,11 @@ class Block(eqx.Module):
         """Zero statistics, and the inverse of the identity."""
 
     @abc.abstractmethod
-    def matrices(self, statistics: Any, damping: Scalar) -> tuple[Float[Array, "*stack d d"], ...]:
+    def matrices(self, statistics: Any, damping: Scalar) -> tuple[Float[Array, "..."], ...]:
         """The symmetric positive definite matrices that a refresh has to invert."""
 
     @abc.abstractmethod
-    def refresh(self, inverses: tuple[Float[Array, "*stack d d"], ...]) -> Any:
+    def refresh(self, inverses: tuple[Float[Array, "..."], ...]) -> Any:
         """Makes `BlockState.inverse` from the inverses of `matrices`."""
 
     @abc.abstractmethod

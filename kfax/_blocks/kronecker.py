@@ -70,14 +70,14 @@ class KroneckerFactored(Block):
         eyes = tuple(linalg.shift(z, jnp.ones((), dtype)) for z in zeros)
         return BlockState(KroneckerFactors(zeros[0], zeros[1], jnp.zeros(shape.stack, dtype)), eyes)
 
-    def matrices(self, statistics: KroneckerFactors, damping: Scalar) -> tuple[Float[Array, "*stack d d"], ...]:
+    def matrices(self, statistics: KroneckerFactors, damping: Scalar) -> tuple[Float[Array, "..."], ...]:
         return linalg.damp_factors(statistics.a, self._g_per_position(statistics), damping)
 
-    def refresh(self, inverses: tuple[Float[Array, "*stack d d"], ...]) -> tuple[Float[Array, "*stack d d"], ...]:
+    def refresh(self, inverses: tuple[Float[Array, "..."], ...]) -> tuple[Float[Array, "..."], ...]:
         return inverses
 
     def solve(
-        self, inverse: tuple[Float[Array, "*stack d d"], ...], vector: Float[Array, "*stack d_g d_a"]
+        self, inverse: tuple[Float[Array, "..."], ...], vector: Float[Array, "*stack d_g d_a"]
     ) -> Float[Array, "*stack d_g d_a"]:
         a_inverse, g_inverse = inverse
         return linalg.matmul(g_inverse, vector.astype(a_inverse.dtype), a_inverse).astype(vector.dtype)

@@ -1,6 +1,7 @@
 """What a Kronecker block makes of a layer that is applied at several positions of one example."""
 
 import abc
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ class Sharing(eqx.Module):
     def factors(
         self,
         shape: MatrixShape,
-        inputs: tuple[Array | None, ...],
+        inputs: Any,
         g: Float[Array, "d_g d_g"],
         weights: Float[Array, " n"] | None,
         num_examples: int,
@@ -104,7 +105,7 @@ class Expand(Sharing):
     def factors(
         self,
         shape: MatrixShape,
-        inputs: tuple[Array | None, ...],
+        inputs: Any,
         g: Float[Array, "d_g d_g"],
         weights: Float[Array, " n"] | None,
         num_examples: int,
@@ -153,7 +154,7 @@ class Reduce(Sharing):
     def factors(
         self,
         shape: MatrixShape,
-        inputs: tuple[Array | None, ...],
+        inputs: Any,
         g: Float[Array, "d_g d_g"],
         weights: Float[Array, " n"] | None,
         num_examples: int,

@@ -6,17 +6,17 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from .._capture import Linearization
 from .._registry import split_parameters
-from .._types import Model, Parameters, PRNGKey, Scalar, Where
+from .._types import Model, Parameters, PRNGKey, Where
 
 
 class CurvatureEstimator(eqx.Module):
     """An approximation C of the curvature of a loss in the parameters of a tagged model.
 
-    The loss is the mean over a batch's examples, without any regulariser. C is in loss/param². Vectors are PyTrees
+    The loss is the mean over a batch's examples, without any regularizer. C is in loss/param². Vectors are PyTrees
     like the parameters, for instance `equinox.filter(model, equinox.is_inexact_array)`, or a gradient. All methods are
     pure functions: the estimator itself holds nothing but its configuration.
 
@@ -46,7 +46,7 @@ class CurvatureEstimator(eqx.Module):
 
     @abc.abstractmethod
     def fold(self, state: Any, linearization: Linearization, parameters: Parameters, key: PRNGKey | None) -> Any:
-        """Takes a linearised batch into the estimate."""
+        """Takes a linearized batch into the estimate."""
 
     def update(
         self,
@@ -79,7 +79,7 @@ class CurvatureEstimator(eqx.Module):
         return self.fold(state, linearization, parameters, source_key)
 
     @abc.abstractmethod
-    def refresh(self, state: Any, parameters: Parameters, damping: Scalar | Mapping[str, Scalar]) -> Any:
+    def refresh(self, state: Any, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]) -> Any:
         """Does the costly part of `solve`, for the present estimate and damping."""
 
     @abc.abstractmethod

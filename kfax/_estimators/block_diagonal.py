@@ -14,7 +14,7 @@ from .._capture import Linearization, linearize, Reading
 from .._ema import MovingAverage
 from .._layers import from_matrices, tagged_layers, TaggedLayer, to_matrices
 from .._registry import split_parameters
-from .._scalars import within_unit
+from .._scalars import scalar, within_unit
 from .._sources import CurvaturePropagation, CurvatureSource
 from .._types import Model, Parameters, PRNGKey, Scalar, Where
 from .base import CurvatureEstimator
@@ -104,7 +104,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         return BlockDiagonalState(state.average.update(new, self.decay), state.inverses)
 
     def refresh(
-        self, state: BlockDiagonalState, parameters: Parameters, damping: Scalar | Mapping[str, Scalar]
+        self, state: BlockDiagonalState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
     ) -> BlockDiagonalState:
         """**Arguments:**
 
@@ -117,7 +117,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         layers = tagged_layers(parameters)
         matrices = {
             path: layer.block.matrices(
-                state.average.value[path], damping[path] if isinstance(damping, Mapping) else damping
+                state.average.value[path], scalar("damping", damping[path] if isinstance(damping, Mapping) else damping)
             )
             for path, layer in layers.items()
         }

@@ -14,9 +14,9 @@ from .._types import Model, Parameters, PRNGKey, Where
 
 
 class ImplicitExactCurvature(eqx.Module):
-    r"""The generalised Gauss-Newton matrix $C = \frac1N \sum_n J_n^\top H_n J_n$ of a batch, by its action.
+    r"""The generalized Gauss-Newton matrix $C = \frac1N \sum_n J_n^\top H_n J_n$ of a batch, by its action.
 
-    Holds nothing: each product linearises the model on the batch. The model is run with empty slots, so that forward
+    Holds nothing: each product linearizes the model on the batch. The model is run with empty slots, so that forward
     mode is available; under `jit` the run is shared with whatever else runs the model at the same parameters.
     """
 
@@ -35,8 +35,9 @@ class ImplicitExactCurvature(eqx.Module):
 
         **Arguments:**
 
-        - `loss_fn`, `model`, `batch`, `key`, `model_state`, `frozen`: as for an estimator's `update`.
+        - `loss_fn`, `model`, `batch`: as for an estimator's `update`.
         - `vectors`: k PyTrees like the parameters.
+        - `key`, `model_state`, `frozen`: as for an estimator's `update`.
 
         **Returns:** the symmetric positive semi-definite matrix, in the dtype of the losses. Costs one forward pass
         and one forward-mode pass for each vector, and no backward pass.

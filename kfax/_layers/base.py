@@ -7,7 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 from equinox import AbstractVar
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from .._blocks import Block, MatrixShape, Rows
 from .._fold import Slot
@@ -46,7 +46,7 @@ class TaggedLayer(eqx.Module):
         """
 
     @abc.abstractmethod
-    def to_matrix(self) -> Float[Array, "*stack d_g d_a"]:
+    def to_matrix(self) -> Shaped[Array, "*stack d_g d_a"]:
         """V, from the parameters (or whatever stands in their places, such as their gradient)."""
 
     @abc.abstractmethod
@@ -84,7 +84,7 @@ def fill_slots(model: Model, slots: Mapping[str, Slot]) -> Model:
     return replace_layers(model, {path: fill(layers[path], slot) for path, slot in slots.items()})
 
 
-def to_matrices(tree: Parameters) -> dict[str, Float[Array, "..."]]:
+def to_matrices(tree: Parameters) -> dict[str, Shaped[Array, "..."]]:
     """The matrix V of each layer of a parameter tree."""
     return {path: layer.to_matrix() for path, layer in tagged_layers(tree).items()}
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from .._blocks import Block, KroneckerFactored, MatrixShape, Rows
 from .._fold import observe, Slot
@@ -79,7 +79,7 @@ class TaggedLinear(TaggedLayer):
             inputs = inputs[..., :0]
         return Rows(inputs, dy.reshape(num_examples, num_positions, -1))
 
-    def to_matrix(self) -> Float[Array, "*stack d_g d_a"]:
+    def to_matrix(self) -> Shaped[Array, "*stack d_g d_a"]:
         weight, bias = self.layer.weight, self.layer.bias
         columns = [] if weight is None else [weight]
         if bias is not None:

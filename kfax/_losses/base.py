@@ -24,9 +24,9 @@ class Weighting(eqx.Module):
     - `scale`: c.
     """
 
-    weights: Float[Array, " n"] | None
-    mask: Bool[Array, "n ..."] | None
-    scale: Scalar
+    weights: Float[Array, " n"] | None = None
+    mask: Bool[Array, "n ..."] | None = None
+    scale: Scalar = eqx.field(default_factory=lambda: jnp.ones(()))
 
     @property
     def is_weighted(self) -> bool:
@@ -88,6 +88,7 @@ class Loss(eqx.Module):
 
     @property
     def num_examples(self) -> int:
+        """n, the size of axis 0 of the outputs, whatever the weights."""
         return self.outputs.shape[0]
 
     def example_weights(self) -> Float[Array, " n"] | None:
@@ -95,7 +96,7 @@ class Loss(eqx.Module):
         return self.weighting.example_weights(self.num_examples)
 
     def value(self) -> Scalar:
-        """The scalar to be minimised."""
+        """The scalar to be minimized."""
         losses = self.losses()
         total = jnp.sum(self.weighting.coefficients(losses.shape) * losses)
         return total / self.num_examples

@@ -64,7 +64,5 @@ def sigmoid_cross_entropy(
     """
     check_outputs("sigmoid_cross_entropy", logits)
     outputs, weighting = weigh_outputs("sigmoid_cross_entropy", logits, weights, mask, mean_over_positions)
-    return SigmoidCrossEntropy(outputs, real_targets("sigmoid_cross_entropy", targets, logits, weighting), weighting)
-
-
-multi_bernoulli = sigmoid_cross_entropy
+    targets = real_targets("sigmoid_cross_entropy", targets, logits, weighting)
+    return SigmoidCrossEntropy(outputs=outputs, targets=targets, weighting=weighting)

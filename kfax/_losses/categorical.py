@@ -88,13 +88,11 @@ def softmax_cross_entropy(
                 f"axis, {logits.shape[:-1]}, got {labels.shape}."
             )
         if labels.shape != logits.shape:
-            return SoftmaxCrossEntropy(outputs, hide(labels, weighting), weighting)
+            return SoftmaxCrossEntropy(outputs=outputs, targets=hide(labels, weighting), weighting=weighting)
     elif labels.shape == logits.shape[:-1]:
         raise ValueError(
             f"`labels` of `softmax_cross_entropy` have dtype {labels.dtype}, but class indices must be integers: "
             "convert them with `labels.astype(int)`. Floating-point labels are probabilities, one for each class."
         )
-    return SoftmaxCrossEntropy(outputs, real_targets("softmax_cross_entropy", labels, logits, weighting), weighting)
-
-
-categorical = softmax_cross_entropy
+    targets = real_targets("softmax_cross_entropy", labels, logits, weighting)
+    return SoftmaxCrossEntropy(outputs=outputs, targets=targets, weighting=weighting)

@@ -68,7 +68,5 @@ def squared_error(
     """
     check_outputs("squared_error", predictions)
     outputs, weighting = weigh_outputs("squared_error", predictions, weights, mask, mean_over_positions)
-    return SquaredError(outputs, real_targets("squared_error", targets, predictions, weighting), weighting)
-
-
-normal = squared_error
+    targets = real_targets("squared_error", targets, predictions, weighting)
+    return SquaredError(outputs=outputs, targets=targets, weighting=weighting)

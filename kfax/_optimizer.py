@@ -106,7 +106,7 @@ class Optimizer(eqx.Module):
         momentum: ArrayLike | Schedule | QuadraticModel,
         damping: ArrayLike | Schedule | DampingRule,
         l2: ArrayLike | L2 = 0.0,
-        estimator: CurvatureEstimator = BlockDiagonalCurvature(),
+        estimator: CurvatureEstimator | None = None,
         inverse_update_period: int = 5,
         curvature_update_period: int = 1,
         frozen: Where | None = None,
@@ -121,7 +121,7 @@ class Optimizer(eqx.Module):
         - `momentum`: β, likewise.
         - `damping`: λ, a number, a schedule, or a rule such as [`kfax.LevenbergMarquardt`][]. [loss/param²]
         - `l2`: η, a number, or a [`kfax.L2`][] for some of the parameters. [loss/param²]
-        - `estimator`: of the curvature.
+        - `estimator`: of the curvature; [`kfax.BlockDiagonalCurvature`][]`()` if not given.
         - `inverse_update_period`: how many steps between refreshes of the inverse, the costly part.
         - `curvature_update_period`: how many steps between updates of the statistics.
         - `frozen`: what is not trained: a function of the model that returns nodes of it, as in [`kfax.tag`][].
@@ -137,7 +137,7 @@ class Optimizer(eqx.Module):
         self.momentum = _coefficient("momentum", momentum)
         self.damping = as_damping_rule(damping)
         self.l2 = l2 if isinstance(l2, L2) else L2(l2)
-        self.estimator = estimator
+        self.estimator = BlockDiagonalCurvature() if estimator is None else estimator
         self.inverse_update_period = inverse_update_period
         self.curvature_update_period = curvature_update_period
         self.frozen = frozen

@@ -6,6 +6,8 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -123,6 +125,12 @@ def test_no_global_state_and_no_private_jax():
         assert not re.search(r"^\s*global\s", text, re.MULTILINE), path
         assert "jax._src" not in text and "equinox._" not in text and "jax.interpreters" not in text, path
         assert path.name not in ("utils.py", "misc.py", "helpers.py")
+
+
+def test_importing_kfax_does_not_start_jax():
+    """Users choose precision and devices after their imports."""
+    code = "import kfax, jax; jax.config.update('jax_num_cpu_devices', 3); assert len(jax.devices('cpu')) == 3"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
 def test_classes_are_abstract_or_final():

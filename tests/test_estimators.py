@@ -525,9 +525,9 @@ def test_program_size_does_not_grow_with_the_number_of_classes():
         def run(x, y):
             return estimator.update(estimator.init(model), loss_fn, model, (x, y)).average.value
 
-        return len(jax.jit(run).lower(jnp.ones((3, 4)), jnp.zeros(3, int)).as_text())
+        return jax.jit(run).lower(jnp.ones((3, 4)), jnp.zeros(3, int)).as_text().count("\n")
 
-    assert size(1000) < 1.05 * size(10)
+    assert size(1000) == size(10)
 
 
 @grid(model=MODELS)

@@ -123,7 +123,7 @@ def _arrays(node) -> tuple[tuple[str, tuple[int, ...]], ...]:
 def _cells(row: CoverageRow) -> tuple[str, ...]:
     parameters = " ".join(f"{name}{list(shape)}".replace(" ", "") for name, shape in row.parameters)
     costs = (_si(row.num_bytes, "B"), *(_si(n, "flop") for n in (row.update_flops, row.refresh_flops, row.solve_flops)))
-    block = "NONE: needs one" if row.block is None else row.block
+    block = "NONE: needs one, or `frozen=`" if row.block is None else row.block
     return (row.path or "(model)", parameters, row.layer or "", block, *(costs if row.num_bytes else ("",) * 4))
 
 

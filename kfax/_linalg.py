@@ -42,17 +42,24 @@ def psd_inverse(matrix: Float[Array, "*stack d d"]) -> Float[Array, "*stack d d"
 
 
 def by_size(function: Callable[[Array], Array], matrices: Sequence[Array]) -> list[Array]:
-    """Applies `function`, which takes a stack of square matrices, once for each size and dtype among `matrices`.
+    """Applies `function`, which inverts a stack of matrices, once for each size and dtype among `matrices`.
 
-    Fewer, larger calls: a smaller program to compile, and batched kernels on accelerators.
+    Fewer, larger calls: a smaller program to compile, and batched kernels on accelerators. Each call is made to wait
+    for the one before. XLA would run them at the same time on the CPU, where each occupies a thread of a pool and
+    waits for tasks that it hands to the same pool: with as many calls as threads, forever (jaxlib 0.10.2).
     """
     groups: dict[tuple, list[int]] = {}
     for i, matrix in enumerate(matrices):
         groups.setdefault((matrix.shape[-1], matrix.dtype), []).append(i)
     results: list = [None] * len(matrices)
+    previous = None
     for (size, _), members in groups.items():
         stacks = [matrices[i].reshape(-1, size, size) for i in members]
-        out = function(jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0])
+        stacked = jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0]
+        if previous is not None:
+            # A dependence that no compiler can see through: the diagonal of the inverse before is never negative.
+            stacked = jnp.where(jnp.ravel(previous)[0] < 0, jnp.nan, stacked)
+        out = previous = function(stacked)
         start = 0
         for i, stack in zip(members, stacks, strict=True):
             results[i] = out[start : start + len(stack)].reshape(matrices[i].shape)

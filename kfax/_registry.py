@@ -148,13 +148,15 @@ def untagged(model: Model, spec: PyTree[bool]) -> list[str]:
 def _untagged_message(model: Model, missing: list[str]) -> str:
     first = missing[0]
     named = ", ".join(f"`{path}`" for path in missing[:5]) + (f" and {len(missing) - 5} more" if missing[5:] else "")
+    forgotten = "" if tagged_layers(model) else "No layer is tagged: was the model given to `kfax.tag`? "
     return (
-        f"These parameters of {type(model).__name__} are to be trained but have no curvature block: {named}. kfax does "
-        "not choose a weaker block behind your back. Either\n"
+        f"{forgotten}These parameters of {type(model).__name__} are to be trained but have no curvature block: "
+        f"{named}. "
+        "kfax does not choose a weaker block behind your back. Either\n"
         "  1. register a rule for the module that holds them: `kfax.tag(model, "
         "registry=kfax.default_registry.register(MyModule, rule))`;\n"
         "  2. choose a block explicitly, by wrapping the layer yourself: `kfax.TaggedLinear(layer, "
         "block=kfax.KroneckerFactored())`;\n"
-        f"  3. freeze them, in `kfax.tag` and in the optimizer: `frozen=lambda model: model{first}`.\n"
-        "Was the model given to `kfax.tag` at all? `print(kfax.coverage(model))` shows what each parameter has."
+        f"  3. freeze them, in `kfax.tag`, `kfax.coverage` and the optimizer: `frozen=lambda model: model{first}`.\n"
+        "`print(kfax.coverage(model))` shows what each parameter has."
     )

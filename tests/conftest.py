@@ -18,6 +18,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+# LAPACK's own threads, two processes' worth of them on two cores, would spend their time waiting for each other.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 

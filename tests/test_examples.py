@@ -1,0 +1,26 @@
+"""Each example in its smoke mode, in a process of its own, as a user runs it."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+
+EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
+VARIANTS = {"digits_classifier": [[]], "autoencoder": [[], ["--batch-size", "64"], ["--data", "curves"]]}
+RUNS = [(path, options) for path in EXAMPLES for options in VARIANTS[path.stem]]
+
+
+@pytest.mark.parametrize(("path", "options"), RUNS, ids=[" ".join([path.stem, *options]) for path, options in RUNS])
+def test_smoke(path, options, tmp_path):
+    command = [sys.executable, "-W", "error", path, "--smoke", "--output", tmp_path / "plot.png", *options]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    assert "K-FAC" in result.stdout and "Adam" in result.stdout and "compile s" in result.stdout
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_stay_short(path):
+    assert path.read_text().count("\n") < 150

@@ -217,6 +217,7 @@ def test_two_directions_reach_the_minimum_of_their_plane():
         scale = jnp.linalg.norm(jax.grad(value)(before))
         for v in (direction, velocity):
             assert abs(gradient @ v) <= 1e-9 * scale * (jnp.linalg.norm(v) + 1e-300)
+        # The change is a difference of two larger numbers.
         assert_close(info.predicted_change, value(after) - value(before), tolerance=1e-8)
         if jnp.linalg.norm(gradient) < 1e-9:
             break
@@ -281,6 +282,7 @@ def test_coefficients_minimize_the_damped_model_and_the_ratio_compares(learning_
             expected = jnp.array([0.3, 0.5])
         step = basis @ expected
         model, state, info = eqx.filter_jit(optimizer.step)(model, state, case.batch)
+        # The two directions are nearly dependent: their 2x2 system, and what follows from it, is ill-conditioned.
         assert_close(jnp.stack([info.learning_rate, info.momentum]), expected, tolerance=1e-8)
         assert_close(ravel_pytree(parameters(model))[0], theta + step)
         assert_close(info.loss, value(theta))
@@ -355,6 +357,7 @@ def test_schedules_see_the_step():
     case = make_case("mlp", "softmax")
     _, _, infos = run(KINDS["scheduled"](case.loss_fn), case)
     steps = jnp.arange(7)
+    # optax computes its schedules partly in float32.
     assert_close(infos.learning_rate, jax.vmap(optax.cosine_decay_schedule(0.1, 10))(steps), tolerance=1e-6)
     assert_close(infos.momentum, jax.vmap(optax.linear_schedule(0.0, 0.9, 5))(steps), tolerance=1e-6)
     assert_close(infos.damping, jax.vmap(optax.exponential_decay(1.0, 3, 0.5))(steps), tolerance=1e-6)

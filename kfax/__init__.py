@@ -5,14 +5,17 @@ from importlib.metadata import version as _version
 from ._blocks import (
     Block as Block,
     BlockState as BlockState,
+    Diagonal as Diagonal,
     Expand as Expand,
+    FactorSizes as FactorSizes,
+    Full as Full,
     KroneckerFactored as KroneckerFactored,
     KroneckerFactors as KroneckerFactors,
-    MatrixShape as MatrixShape,
+    KroneckerSum as KroneckerSum,
     Recorded as Recorded,
     Reduce as Reduce,
-    Rows as Rows,
     Sharing as Sharing,
+    UnitWise as UnitWise,
 )
 from ._check import check as check
 from ._coverage import Coverage as Coverage, coverage as coverage, CoverageRow as CoverageRow
@@ -28,9 +31,24 @@ from ._estimators import (
     CurvatureEstimator as CurvatureEstimator,
     ImplicitExactCurvature as ImplicitExactCurvature,
 )
-from ._fold import observe as observe, Slot as Slot
+from ._fold import Use as Use
 from ._l2 import L2 as L2
-from ._layers import TaggedLayer as TaggedLayer, TaggedLinear as TaggedLinear
+from ._layers import (
+    Blocks as Blocks,
+    masked as masked,
+    Slots as Slots,
+    TaggedBatchNorm as TaggedBatchNorm,
+    TaggedConv as TaggedConv,
+    TaggedConvTranspose as TaggedConvTranspose,
+    TaggedEmbedding as TaggedEmbedding,
+    TaggedGRUCell as TaggedGRUCell,
+    TaggedLayer as TaggedLayer,
+    TaggedLinear as TaggedLinear,
+    TaggedLSTMCell as TaggedLSTMCell,
+    TaggedModule as TaggedModule,
+    TaggedNorm as TaggedNorm,
+    TaggedPReLU as TaggedPReLU,
+)
 from ._losses import (
     Loss as Loss,
     sigmoid_cross_entropy as sigmoid_cross_entropy,
@@ -41,11 +59,25 @@ from ._losses import (
     SquaredError as SquaredError,
     Weighting as Weighting,
 )
+from ._operations import (
+    Arbitrary as Arbitrary,
+    Convolution as Convolution,
+    Dense as Dense,
+    FactoredOperation as FactoredOperation,
+    Invocation as Invocation,
+    Lookup as Lookup,
+    MatrixShape as MatrixShape,
+    Operation as Operation,
+    ScaleAndShift as ScaleAndShift,
+    Transposed as Transposed,
+    Windows as Windows,
+)
 from ._optimizer import Optimizer as Optimizer, OptimizerState as OptimizerState, StepInfo as StepInfo
 from ._quadratic import QuadraticModel as QuadraticModel
 from ._registry import (
     default_registry as default_registry,
     Registry as Registry,
+    set_block as set_block,
     tag as tag,
     untag as untag,
 )

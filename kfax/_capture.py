@@ -1,6 +1,7 @@
 """One linearization of the model, and what is pulled back through it: gradients, and the statistics of its layers."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ._fold import ExampleAxis, Slot
-from ._layers import fill_slots, tagged_layers, TaggedLayer
+from ._fold import ExampleAxis, Slot, Use
+from ._layers import Borrowed, borrowed, fill_slots, Part, parts
 from ._losses import Loss
 from ._objective import evaluate, Evaluation
+from ._operations import Operation
 from ._registry import split_parameters
 from ._tree import tie
 from ._types import Model, Parameters, PRNGKey, Where
@@ -20,17 +22,18 @@ from ._types import Model, Parameters, PRNGKey, Where
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What to read of one layer.
+    """What to read of one operation.
 
     **Fields:**
 
     - `zeros`: arrays of the shapes of what is read, with the stack axes of the layer.
-    - `statistic`: makes it of observed inputs, output cotangents and weights: see `Slot`.
+    - `statistic`: `(operation, use)` to what is read of one use. Usually the operation is the part's own; of a
+        parameter that is tied to another layer's, it is what that one does.
     - `is_sum`: whether it is a plain sum over rows.
     """
 
     zeros: PyTree[Array]
-    statistic: Callable
+    statistic: Callable[[Operation, Use], PyTree[Array]]
     is_sum: bool
 
 
@@ -79,7 +82,7 @@ def linearize(
     loss_fn: Callable,
     model: Model,
     batch: Any,
-    read: Callable[[TaggedLayer, int], Reading],
+    read: Callable[[Part, int], Reading],
     *,
     example_axis: str | None,
     frozen: Where | None,
@@ -91,8 +94,8 @@ def linearize(
     **Arguments:**
 
     - `loss_fn`, `model`, `batch`, `key`, `model_state`: see `evaluate`.
-    - `read`: given a layer that has shapes in place of its trained parameters, and the number of examples, says what
-        to read of it.
+    - `read`: given an operation that has shapes in place of its trained parameters, and the number of examples, says
+        what to read of it.
     - `example_axis`: the name of the axis that enumerates the examples, or `None` for the outermost one.
     - `frozen`: what is not trained.
     """
@@ -115,20 +118,50 @@ def linearize(
         weights = jax.lax.stop_gradient(_example_weights(unobserved()))
 
     external = (loss_fn, model, batch, key, model_state)
-    slots, values = {}, {}
-    for path, layer in tagged_layers(parameters).items():
-        reading = read(eqx.filter_eval_shape(lambda x: x, layer), num_examples)
-        stack = layer.shape().stack
-        stacked = None if weights is None else jnp.broadcast_to(weights, (*stack, num_examples))
-        axis = ExampleAxis(example_axis, num_examples, reading.is_sum and weights is None, path)
-        values[path] = tie(reading.zeros, external)
-        slots[path] = Slot(values[path], stacked, reading.statistic, axis)
+    loans: dict[str, list[Borrowed]] = {}
+    for loan in borrowed(model):
+        loans.setdefault(loan.owner, []).append(loan)
+    values, uses = {}, {}
+    for part in parts(eqx.filter_eval_shape(lambda: parameters)).values():
+        reading = read(part, num_examples)
+        values[part.key] = tie(reading.zeros, external)
+        make = functools.partial(_slot, part, reading, example_axis, num_examples, weights)
+        uses.setdefault((part.path, part.name), []).append((part.key, make(part.path, part.operation)))
+        for other in loans.get(part.key, ()):
+            uses.setdefault((other.path, other.name), []).append((part.key, make(other.path, other.operation)))
 
     def observed(parameters, values):
-        return call(parameters, {path: dataclasses.replace(slots[path], value=values[path]) for path in slots})
+        filled = {
+            place: tuple(dataclasses.replace(slot, value=values[key]) for key, slot in slots)
+            for place, slots in uses.items()
+        }
+        return call(parameters, filled)
 
     losses, pullback, (state, aux) = eqx.filter_vjp(observed, parameters, values, has_aux=True)
     return Linearization(Evaluation(losses, state, aux), weights, pullback)
+
+
+def _slot(
+    part: Part,
+    reading: Reading,
+    example_axis: str | None,
+    num_examples: int,
+    weights: Float[Array, " n"] | None,
+    path: str,
+    operation: Operation,
+) -> Slot:
+    """A slot, as yet without its value, for a use of a part by the layer at `path`."""
+
+    def statistic(use):
+        try:
+            return reading.statistic(operation, use)
+        except ValueError as error:
+            raise ValueError(f"The layer at `{part.path}` cannot be estimated: {error}") from error
+
+    stack = part.operation.shape().stack
+    stacked = None if weights is None else jnp.broadcast_to(weights, (*stack, num_examples))
+    axis = ExampleAxis(example_axis, num_examples, reading.is_sum and weights is None, path)
+    return Slot(reading.zeros, stacked, statistic, axis)
 
 
 def _example_weights(losses: tuple[Loss, ...]) -> Float[Array, " n"]:

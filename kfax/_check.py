@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ._capture import linearize, Reading
-from ._layers import TaggedLayer, to_matrices
+from ._layers import Part, to_matrices
 from ._types import Model, PRNGKey, Where
 
 
@@ -83,25 +83,33 @@ def _compare(arguments, example_axis, frozen) -> tuple[Array, dict[str, Float[Ar
     return linearization.evaluation.value(), {path: _gap(true[path], *observed[path]) for path in observed}
 
 
-def _read_gradient(layer: TaggedLayer, num_examples: int) -> Reading:
-    """Reads the sum over all rows of `g āᵀ`, that of the absolute values, and how coarse the numbers are."""
+def _read_gradient(part: Part, num_examples: int) -> Reading:
+    """Reads the gradient of V by the observed rows, that of their absolute values, and how coarse the numbers are."""
     del num_examples
-    shape = layer.shape()
+    shape = part.operation.shape()
     dtype = shape.statistics_dtype
 
-    def outer(a, g):
-        matrix = jnp.einsum("npg,npa->ga", g, a)
-        return jnp.concatenate([matrix, g.sum((0, 1))[:, None]], axis=1) if shape.bias else matrix
+    def read(operation, x, dy, context):
+        gradient = operation.gradient(x, dy, context).astype(dtype)
+        missing = shape.d_a - gradient.shape[-1]
+        return jnp.pad(gradient, [(0, 0)] * (gradient.ndim - 1) + [(0, missing)])
 
-    def statistic(x, dy, weights):
-        del weights
-        rows = layer.rows(x, dy)
-        a, g = rows.inputs.astype(dtype), rows.cotangents.astype(dtype)
-        coarsest = max(jnp.finfo(y.dtype).eps for y in (x, dy) if jnp.issubdtype(y.dtype, jnp.inexact))
-        return outer(a, g), outer(jnp.abs(a), jnp.abs(g)), jnp.asarray(coarsest, dtype)
+    def statistic(operation, use):
+        x, dy = rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (use.x, use.dy))
+        abs_x, abs_dy = jax.tree.map(lambda leaf: jnp.abs(leaf) if _is_float(leaf) else leaf, rows)
+        coarsest = max(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(rows) if _is_float(leaf))
+        return (
+            read(operation, x, dy, use.context),
+            read(operation, abs_x, abs_dy, use.context),
+            jnp.asarray(coarsest, dtype),
+        )
 
-    zeros = jnp.zeros((*shape.stack, shape.d_g, shape.d_a), dtype)
+    zeros = jnp.zeros((*shape.leading, shape.d_g, shape.d_a), dtype)
     return Reading((zeros, zeros, jnp.zeros(shape.stack, dtype)), statistic, is_sum=True)
+
+
+def _is_float(leaf: Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _gap(true: Array, observed: Array, magnitude: Array, resolution: Array) -> Float[Array, ""]:

@@ -6,21 +6,22 @@ import math
 import equinox as eqx
 import jax
 
-from ._layers import is_tagged, TaggedLayer
+from ._layers import borrowed, is_tagged, layer_parts, Part, TaggedLayer
 from ._registry import trainable
 from ._types import Model, Where
 
 
 @dataclasses.dataclass(frozen=True)
 class CoverageRow:
-    """One tagged layer, or one parameter outside any tagged layer.
+    """One operation of a tagged layer, or one parameter outside any tagged layer.
 
     **Fields:**
 
-    - `path`: where it is in the model.
+    - `path`: where it is in the model; for layers with several operations, with `/` and the operation's name.
     - `parameters`: name and shape of each array that is trained (or, in a row without a block, of the one parameter).
     - `layer`: the class of the tagged layer, or `None`.
     - `block`: the curvature block, or `"frozen"`, or `None` for a parameter that still needs one.
+    - `tied`: the paths of other layers that use the same parameters, tied by `equinox.nn.Shared`.
     - `num_parameters`: how many numbers are trained here.
     - `num_bytes`: of curvature state: the averaged statistics and the inverse.
     - `update_flops`: of the statistics, for each example (and position).
@@ -32,6 +33,7 @@ class CoverageRow:
     parameters: tuple[tuple[str, tuple[int, ...]], ...]
     layer: str | None
     block: str | None
+    tied: tuple[str, ...]
     num_parameters: int
     num_bytes: int
     update_flops: int
@@ -45,7 +47,8 @@ class Coverage:
 
     **Fields:**
 
-    - `rows`: one for each tagged layer and each parameter outside of one, in the order of the model's leaves.
+    - `rows`: one for each operation of a tagged layer and each parameter outside of one, in the order of
+        the model's leaves.
     """
 
     rows: tuple[CoverageRow, ...]
@@ -81,33 +84,37 @@ def coverage(model: Model, *, frozen: Where | None = None) -> Coverage:
 
     **Returns:** a [`kfax.Coverage`][]; print it to see a table. A parameter without a block has the block `None`.
     """
-    spec = trainable(model, frozen)
-    kept = eqx.filter(model, spec)
+    kept = eqx.filter(model, trainable(model, frozen))
     nodes = jax.tree_util.tree_leaves_with_path(eqx.filter(model, eqx.is_inexact_array), is_leaf=is_tagged)
     trained = dict(jax.tree_util.tree_leaves_with_path(kept, is_leaf=is_tagged))
+    loans = borrowed(model)
     rows = []
     for path, node in nodes:
         name = jax.tree_util.keystr(path)
-        if is_tagged(node) and jax.tree.leaves(trained[path]):
-            rows.append(_layer_row(name, trained[path]))
-        else:
-            layer = type(node).__name__ if is_tagged(node) else None
-            block = None if path in trained and not is_tagged(node) else "frozen"
-            arrays = _arrays(node)
-            count = 0 if block else sum(math.prod(shape) for _, shape in arrays)
-            rows.append(CoverageRow(name, arrays, layer, block, count, 0, 0, 0, 0))
+        if not is_tagged(node):
+            block = None if path in trained else "frozen"
+            rows.append(_other_row(name, node, None, block))
+            continue
+        found = {part.key: part for part in layer_parts(name, trained[path])}
+        for part in layer_parts(name, node):
+            if part.key in found:
+                tied = [loan.path for loan in loans if loan.owner == part.key]
+                rows.append(_part_row(found[part.key], node, tied))
+            else:
+                rows.append(_other_row(part.key, part.operation, type(node).__name__, "frozen"))
     return Coverage(tuple(rows))
 
 
-def _layer_row(path: str, layer: TaggedLayer) -> CoverageRow:
-    shape, block, arrays = layer.shape(), layer.block, _arrays(layer.layer)
+def _part_row(part: Part, layer: TaggedLayer, tied: list[str]) -> CoverageRow:
+    shape, block = part.operation.shape(), part.block
     state = jax.eval_shape(lambda: block.init(shape))
     return CoverageRow(
-        path=path,
-        parameters=arrays,
+        path=part.key,
+        parameters=_arrays(part.operation),
         layer=type(layer).__name__,
         block=str(block),
-        num_parameters=sum(math.prod(dims) for _, dims in arrays),
+        tied=tuple(tied),
+        num_parameters=shape.num_parameters,
         num_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         update_flops=block.update_flops(shape),
         refresh_flops=block.refresh_flops(shape),
@@ -115,15 +122,27 @@ def _layer_row(path: str, layer: TaggedLayer) -> CoverageRow:
     )
 
 
+def _other_row(path: str, node, layer: str | None, block: str | None) -> CoverageRow:
+    """The row of what has no block."""
+    arrays = _arrays(node)
+    count = 0 if block else sum(math.prod(shape) for _, shape in arrays)
+    return CoverageRow(path, arrays, layer, block, (), count, 0, 0, 0, 0)
+
+
 def _arrays(node) -> tuple[tuple[str, tuple[int, ...]], ...]:
     leaves = jax.tree_util.tree_leaves_with_path(node)
-    return tuple((jax.tree_util.keystr(path).removeprefix(".layer").lstrip("."), leaf.shape) for path, leaf in leaves)
+    return tuple((_name(jax.tree_util.keystr(path)), leaf.shape) for path, leaf in leaves)
+
+
+def _name(path: str) -> str:
+    return path.removeprefix(".layer").removeprefix(".parameters").lstrip(".")
 
 
 def _cells(row: CoverageRow) -> tuple[str, ...]:
     parameters = " ".join(f"{name}{list(shape)}".replace(" ", "") for name, shape in row.parameters)
     costs = (_si(row.num_bytes, "B"), *(_si(n, "flop") for n in (row.update_flops, row.refresh_flops, row.solve_flops)))
     block = "NONE: needs one, or `frozen=`" if row.block is None else row.block
+    block += "".join(f", tied to {path}" for path in row.tied)
     return (row.path or "(model)", parameters, row.layer or "", block, *(costs if row.num_bytes else ("",) * 4))
 
 

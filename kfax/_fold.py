@@ -26,7 +26,9 @@ as one of per-example gradients, does, and so do example weights:
 
 - *Named*: the user writes `jax.vmap(model, axis_name="batch")`. `observe` takes `lax.axis_index("batch")`, the
   *marker*, which is mapped over that axis and no other, so that the rule recognizes it; `y` is made to depend on the
-  marker, so that the backward pass sees the axis even where `x` does not depend on the example.
+  marker, so that the backward pass sees the axis even where `x` does not depend on the example. Then a slot that is
+  mapped over this axis as well, which is what a `lax.cond` whose predicate differs between examples makes of it, can
+  be told from one that belongs to stacked layers: the axis enumerates rows all the same.
 - *Unnamed*: the outermost row axis, the last one that the rule is asked about. Its size must be the number of
   examples.
 
@@ -45,13 +47,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._tree import tie
 from ._types import Counter
 
 
-_Y = TypeVar("_Y", bound=Array)
+_Y = TypeVar("_Y")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +107,33 @@ class ExampleAxis:
         )
 
 
+class Use(eqx.Module):
+    """One use of a layer, by all examples and at all positions. The leading axes are (examples, positions).
+
+    **Fields:**
+
+    - `x`: what the layer was given, `(n, p, ...)`, or a PyTree of such arrays.
+    - `dy`: the cotangent of what it returned, likewise. Per example: not divided by n.
+    - `present`: which positions count; `None` if all do. Where `False`, `x` and `dy` are zero.
+    - `weights`: of the examples, divided by their mean; `None` if equal.
+    - `context`: what the layer passed beside `x`, without these axes, such as its parameters.
+    """
+
+    x: PyTree[Array]
+    dy: PyTree[Array]
+    present: Bool[Array, "n p"] | None
+    weights: Float[Array, " n"] | None
+    context: PyTree
+
+    @property
+    def num_examples(self) -> int:
+        return jax.tree.leaves(self.dy)[0].shape[0]
+
+    @property
+    def num_positions(self) -> int:
+        return jax.tree.leaves(self.dy)[0].shape[1]
+
+
 class Slot(eqx.Module):
     """What an estimator puts into a layer in order to observe it.
 
@@ -113,59 +142,65 @@ class Slot(eqx.Module):
     - `value`: arrays of the statistic's shapes and dtypes; their contents are never read. Differentiate with respect
         to these.
     - `weights`: the weight of each example, or `None` for equal weights. Carries the same stack axes as `value`.
-    - `statistic`: `(x, dy, weights) -> value`, where `x` and `dy` have the axes `(examples, positions)` before those
-        of one call of the layer.
+    - `statistic`: from a `Use` to something like `value`.
     - `axis`: which mapped axis enumerates the examples.
+    - `present`: whether the next call counts, as told by [`kfax.masked`][]; `None` if it does.
     """
 
     value: PyTree[Array]
     weights: Float[Array, "*stack n"] | None
-    statistic: Callable = eqx.field(static=True)
+    statistic: Callable[[Use], PyTree[Array]] = eqx.field(static=True)
     axis: ExampleAxis = eqx.field(static=True)
+    present: Bool[Array, ""] | None = None
 
 
-def observe(y: _Y, x: Array, slot: Slot | None) -> _Y:
+def observe(y: _Y, x: PyTree[Array], slot: Slot | None, context: PyTree = None) -> _Y:
     """Returns `y`, and lets `slot` see the input `x` and, in the backward pass, the cotangent of `y`.
 
-    To be called by a tagged layer for each output `y` that is computed from `x` by its parameters. Both are arrays
-    of one call, without batch axes: those come from `jax.vmap`. Costs nothing when `slot` is `None`. Through a filled
-    slot there is a reverse mode, but no forward mode.
+    To be called by a tagged layer for each output `y` that is computed from `x` by its parameters: arrays, or PyTrees
+    of them, of one call, without batch axes: those come from `jax.vmap`. Costs nothing when `slot` is `None`. Through
+    a filled slot there is a reverse mode, but no forward mode. `context` is for arrays that belong to the layer rather
+    than to the call.
     """
     if slot is None:
         return y
-    return _observer(slot, x.ndim, y.ndim)(y, x, slot.value, slot.weights, slot.axis.marker())
+    observed, rest = eqx.partition(y, eqx.is_inexact_array)
+    x = jax.tree.map(jnp.asarray, x)
+    ndims = jax.tree.map(jnp.ndim, x), jax.tree.map(jnp.ndim, observed)
+    observer = _observer(slot, *ndims)
+    return eqx.combine(observer(observed, x, slot.value, slot.weights, slot.axis.marker(), slot.present, context), rest)
 
 
-def _observer(slot: Slot, x_ndim: int, y_ndim: int) -> Callable:
-    fold = _make_fold(_row_statistic(slot, x_ndim, y_ndim), num_stacks=0, named=slot.axis.name is not None)
+def _observer(slot: Slot, x_ndims: PyTree[int], y_ndims: PyTree[int]) -> Callable:
+    fold = _make_fold(_row_statistic(slot, x_ndims, y_ndims), num_stacks=0, named=slot.axis.name is not None)
 
     @jax.custom_vjp
-    def observer(y, x, value, weights, marker):
-        del x, value, weights
+    def observer(y, x, value, weights, marker, present, context):
+        del x, value, weights, present, context
         return _depend(y, marker)
 
-    def forward(y, x, value, weights, marker):
-        return _depend(y, marker), (x, value, weights, marker)
+    def forward(y, x, value, weights, marker, present, context):
+        return _depend(y, marker), (x, value, weights, marker, present, context)
 
     def backward(residuals, dy):
-        x, value, weights, marker = residuals
-        statistic = fold(value, weights, marker, x, dy)
+        x, value, weights, marker, present, context = residuals
+        statistic = fold(value, weights, marker, present, context, x, dy)
         cotangent = jax.tree.map(lambda v, s: jnp.asarray(s, v.dtype), value, statistic)
         # Also what is constant, such as a count of rows, must be as mapped (or device-varying) as the slot is.
-        return dy, None, tie(cotangent, value), None, None
+        return dy, None, tie(cotangent, value), None, None, None, None
 
     observer.defvjp(forward, backward)
     return observer
 
 
-def _depend(y: Array, marker: Int[Array, ""] | None) -> Array:
+def _depend(y: PyTree[Array], marker: Int[Array, ""] | None) -> PyTree[Array]:
     """`y`, but mapped over whatever axis the marker is mapped over."""
     if marker is None:
         return y
-    return jax.lax.select(jnp.broadcast_to(marker >= 0, y.shape), y, y)
+    return jax.tree.map(lambda leaf: jax.lax.select(jnp.broadcast_to(marker >= 0, leaf.shape), leaf, leaf), y)
 
 
-def _row_statistic(slot: Slot, x_ndim: int, y_ndim: int) -> Callable:
+def _row_statistic(slot: Slot, x_ndims: PyTree[int], y_ndims: PyTree[int]) -> Callable:
     """The slot's statistic as a function of `x` and `dy` with all their row axes, the examples' first if known.
 
     JAX traces `fold` once without any axis, before it consults the rule. So an axis that is not what it should be is
@@ -174,57 +209,76 @@ def _row_statistic(slot: Slot, x_ndim: int, y_ndim: int) -> Callable:
     shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), slot.value)
     axis, read = slot.axis, slot.statistic
 
-    def statistic(seen: bool, weights, x, dy):
-        rows = x.shape[: x.ndim - x_ndim]
+    def statistic(seen: bool, weights, present, context, x, dy):
+        first, first_ndim = jax.tree.leaves(dy)[0], jax.tree.leaves(y_ndims)[0]
+        rows = first.shape[: first.ndim - first_ndim]
         found = rows[0] if rows and (seen or axis.name is None) else None
         fault = axis.fault(found)
         if fault is not None:
             zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
-            anything = jnp.ravel(dy)[0]
+            anything = jnp.ravel(first)[0]
             return eqx.error_if(zeros, (anything == anything) | (anything != anything), fault)
-        x = x.reshape(rows[0], -1, *x.shape[x.ndim - x_ndim :])
-        dy = dy.reshape(rows[0], -1, *dy.shape[dy.ndim - y_ndim :])
-        return read(x, dy, weights)
+
+        def by_example(array, ndim):
+            array = array.reshape(rows[0], -1, *array.shape[array.ndim - ndim :])
+            if present is None or not jnp.issubdtype(array.dtype, jnp.inexact):
+                return array
+            counts = present.reshape(rows[0], -1, *(1,) * ndim)
+            return jnp.where(counts, array, 0)
+
+        x, dy = jax.tree.map(by_example, x, x_ndims), jax.tree.map(by_example, dy, y_ndims)
+        return read(Use(x, dy, None if present is None else present.reshape(rows[0], -1), weights, context))
 
     return statistic
 
 
 def _make_fold(statistic: Callable, num_stacks: int, named: bool, seen: bool = False) -> Callable:
-    """Builds `fold(value, weights, marker, x, dy)`, whose operands have the axes `(*stacks, *rows, *one call)`.
+    """Builds `fold(value, weights, marker, present, context, x, dy)`.
 
-    `seen` says that the named example axis is among the rows, as the first of them.
+    The operands have the axes `(*stacks, *rows, *one call)`, those of a layer itself without rows. `seen` says that
+    the named example axis is among the rows, as the first of them.
     """
 
     @custom_vmap
-    def fold(value, weights, marker, x, dy):
+    def fold(value, weights, marker, present, context, x, dy):
         del value, marker
-        return statistic(seen, weights, x, dy)
+        return statistic(seen, weights, present, context, x, dy)
 
     @fold.def_vmap
-    def rule(size, mapped, value, weights, marker, x, dy):
+    def rule(size, mapped, value, weights, marker, present, context, x, dy):
         def broadcast(array, is_mapped):
             return array if is_mapped else jnp.broadcast_to(array, (size, *array.shape))
 
-        value_mapped, weights_mapped, marker_mapped, x_mapped, dy_mapped = mapped
-        x, dy = broadcast(x, x_mapped), broadcast(dy, dy_mapped)
+        def one(array, is_mapped):
+            return array[0] if is_mapped else array
 
-        if any(jax.tree.leaves(value_mapped)):
+        of_layer, of_rows = (value, weights, context), (present, x, dy)
+        layer_mapped, rows_mapped = (mapped[0], mapped[1], mapped[4]), (mapped[3], mapped[5], mapped[6])
+        present, x, dy = jax.tree.map(broadcast, of_rows, rows_mapped)
+        is_stacked = any(jax.tree.leaves(mapped[0]))
+        is_examples = named and not seen and any(jax.tree.leaves(mapped[2]))
+
+        if is_stacked and not is_examples:
             # One layer for each element: one statistic for each element.
-            value = jax.tree.map(broadcast, value, value_mapped)
-            weights = jax.tree.map(broadcast, weights, weights_mapped)
+            value, weights, context = jax.tree.map(broadcast, of_layer, layer_mapped)
 
             def stacked(seen, *operands):
                 return jax.vmap(functools.partial(statistic, seen))(*operands)
 
-            out = _make_fold(stacked, num_stacks + 1, named, seen)(value, weights, marker, x, dy)
+            fold = _make_fold(stacked, num_stacks + 1, named, seen)
+            out = fold(value, weights, marker, present, context, x, dy)
             return out, jax.tree.map(lambda _: True, out)
 
         # One layer for all elements: the axis enumerates rows.
-        is_examples = named and not seen and any(jax.tree.leaves(marker_mapped))
+        if is_stacked:
+            value, weights, context = jax.tree.map(one, of_layer, layer_mapped)
         position = num_stacks + (1 if seen else 0)
-        x, dy = jnp.moveaxis(x, 0, position), jnp.moveaxis(dy, 0, position)
-        rows = _make_fold(statistic, num_stacks, named, seen or is_examples)
-        out = rows(value, weights, None if is_examples else marker, x, dy)
-        return out, jax.tree.map(lambda _: False, out)
+        present, x, dy = jax.tree.map(lambda array: jnp.moveaxis(array, 0, position), (present, x, dy))
+        fold = _make_fold(statistic, num_stacks, named, seen or is_examples)
+        out = fold(value, weights, None if is_examples else marker, present, context, x, dy)
+        if is_stacked:
+            # JAX will add up the shares of all elements.
+            out = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf / size, (size, *leaf.shape)), out)
+        return out, jax.tree.map(lambda _: is_stacked, out)
 
     return fold

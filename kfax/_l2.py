@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from ._layers import tagged_layers
+from ._layers import to_matrices
 from ._scalars import scalar
 from ._tree import dot
 from ._types import Model, Parameters, Scalar, Where
@@ -55,6 +55,6 @@ class L2(eqx.Module):
         """What to add to each layer's damping: η times the share of its parameters that is regularized."""
         flags = jax.tree.map(lambda chosen, x: jnp.full(x.shape, chosen, jnp.float32), mask, parameters)
         return {
-            path: self.coefficient * jnp.mean(layer.to_matrix()).astype(self.coefficient.dtype)
-            for path, layer in tagged_layers(flags).items()
+            key: self.coefficient * jnp.mean(matrix).astype(self.coefficient.dtype)
+            for key, matrix in to_matrices(flags).items()
         }

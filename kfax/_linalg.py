@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from ._types import Scalar
 
@@ -21,8 +21,32 @@ def matmul(*matrices: Array) -> Array:
     return product
 
 
-def trace(matrix: Float[Array, "*stack d d"]) -> Float[Array, "*stack"]:
-    return jnp.trace(matrix, axis1=-2, axis2=-1)
+def is_diagonal(factor: Float[Array, "..."], ndim: int) -> bool:
+    """Whether a factor with `ndim` leading axes is the diagonal of a diagonal matrix, rather than a dense matrix."""
+    return factor.ndim == ndim + 1
+
+
+def as_dense(factor: Float[Array, "..."], ndim: int) -> Float[Array, "*leading d d"]:
+    """A factor as a matrix."""
+    if not is_diagonal(factor, ndim):
+        return factor
+    return factor[..., None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)
+
+
+def as_matrices(
+    factor: Float[Array, "..."], ndim: int
+) -> Float[Array, "*leading d d"] | Float[Array, "*leading d 1 1"]:
+    """A factor as matrices to be inverted: itself, or those of one entry that a diagonal consists of."""
+    return factor[..., None, None] if is_diagonal(factor, ndim) else factor
+
+
+def sandwich(
+    left: Float[Array, "..."], vector: Float[Array, "*leading d_g d_a"], right: Float[Array, "..."]
+) -> Float[Array, "*leading d_g d_a"]:
+    """`L V R`, where either factor may be the diagonal of a diagonal matrix."""
+    ndim = vector.ndim - 2
+    vector = left[..., :, None] * vector if is_diagonal(left, ndim) else matmul(left, vector)
+    return vector * right[..., None, :] if is_diagonal(right, ndim) else matmul(vector, right)
 
 
 def shift(matrix: Float[Array, "*stack d d"], by: Float[Array, "*stack"] | Scalar) -> Float[Array, "*stack d d"]:
@@ -35,18 +59,47 @@ def psd_inverse(matrix: Float[Array, "*stack d d"]) -> Float[Array, "*stack d d"
 
     NaN where a matrix is not positive definite to working precision.
     """
+    if matrix.shape[-1] == 1:
+        return jnp.where(matrix > 0, 1 / matrix, jnp.nan)
     factor = jnp.linalg.cholesky(matrix, symmetrize_input=False)
     eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
     root = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
     return matmul(jnp.swapaxes(root, -1, -2), root)
 
 
+def diagonalize_both(
+    matrix: Float[Array, "..."], metric: Float[Array, "..."], ndim: int
+) -> tuple[Float[Array, "..."], Float[Array, "*leading d"]]:
+    """K and s with `Kᵀ metric K = I` and `Kᵀ matrix K = diag(s)`, for a metric that is positive definite.
+
+    Of two diagonals K is a diagonal too.
+    """
+    if is_diagonal(metric, ndim):
+        return jax.lax.rsqrt(metric), matrix / metric
+    root = jnp.linalg.cholesky(metric, symmetrize_input=False)
+    half = jax.lax.linalg.triangular_solve(root, matrix, left_side=True, lower=True)
+    both = jax.lax.linalg.triangular_solve(root, half, left_side=False, lower=True, transpose_a=True)
+    values, vectors = jnp.linalg.eigh(both)
+    k = jax.lax.linalg.triangular_solve(root, vectors, left_side=True, lower=True, transpose_a=True)
+    return k, jnp.maximum(values, 0)
+
+
+def after(array: Array, previous: PyTree[Array]) -> Array:
+    """`array`, but not before all of `previous` is computed.
+
+    XLA would run two factorizations at the same time on the CPU, where each occupies a thread of a pool and waits for
+    tasks that it hands to the same pool: with as many of them as threads, forever (jaxlib 0.10.2).
+    """
+    squares = [jnp.square(jnp.ravel(leaf)[0]) for leaf in jax.tree.leaves(previous)]
+    # A dependence that no compiler can see through.
+    return jnp.where(sum(squares) < 0, jnp.nan, array) if squares else array
+
+
 def by_size(function: Callable[[Array], Array], matrices: Sequence[Array]) -> list[Array]:
     """Applies `function`, which inverts a stack of matrices, once for each size and dtype among `matrices`.
 
-    Fewer, larger calls: a smaller program to compile, and batched kernels on accelerators. Each call is made to wait
-    for the one before. XLA would run them at the same time on the CPU, where each occupies a thread of a pool and
-    waits for tasks that it hands to the same pool: with as many calls as threads, forever (jaxlib 0.10.2).
+    Fewer, larger calls: a smaller program to compile, and batched kernels on accelerators. Each call waits for the one
+    before: see `after`.
     """
     groups: dict[tuple, list[int]] = {}
     for i, matrix in enumerate(matrices):
@@ -57,8 +110,7 @@ def by_size(function: Callable[[Array], Array], matrices: Sequence[Array]) -> li
         stacks = [matrices[i].reshape(-1, size, size) for i in members]
         stacked = jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0]
         if previous is not None:
-            # A dependence that no compiler can see through: the diagonal of the inverse before is never negative.
-            stacked = jnp.where(jnp.ravel(previous)[0] < 0, jnp.nan, stacked)
+            stacked = after(stacked, previous)
         out = previous = function(stacked)
         start = 0
         for i, stack in zip(members, stacks, strict=True):
@@ -68,17 +120,18 @@ def by_size(function: Callable[[Array], Array], matrices: Sequence[Array]) -> li
 
 
 def damp_factors(
-    a: Float[Array, "*stack d_a d_a"], g: Float[Array, "*stack d_g d_g"], damping: Scalar
-) -> tuple[Float[Array, "*stack d_a d_a"], Float[Array, "*stack d_g d_g"]]:
+    a: Float[Array, "..."], g: Float[Array, "..."], damping: Scalar, ndim: int
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     r"""Factored Tikhonov damping: symmetric positive definite `Â`, `Ĝ` with `Ĝ ⊗ Â` close to `G ⊗ A + λI`.
 
     With `π² = (tr A / d_a) / (tr G / d_g)`, `Â ∝ A + π√λ I` and `Ĝ ∝ G + √λ/π I` (Martens & Grosse 2015, section
     6.3). They are returned on a common scale, `tr Â / d_a = tr Ĝ / d_g`, which leaves the product unchanged and keeps
     both near the middle of the exponent range. A 1x1 factor is left undamped and all of λ goes to the other one,
-    which makes the damping exact. If either factor vanishes (beside λ) the product is `λI`.
+    which makes the damping exact. If either factor vanishes (beside λ) the product is `λI`. Each factor has `ndim`
+    leading axes, and may be the diagonal of a diagonal matrix.
     """
     d_a, d_g = a.shape[-1], g.shape[-1]
-    mean_a, mean_g = trace(a) / d_a, trace(g) / d_g
+    mean_a, mean_g = _mean_eigenvalue(a, ndim), _mean_eigenvalue(g, ndim)
     product = mean_a * mean_g
     # Anything smaller is nothing beside λ, and must not be divided by.
     alive = product > jnp.finfo(a.dtype).eps ** 2 * damping.astype(a.dtype)
@@ -89,12 +142,20 @@ def damp_factors(
     constant = damping.astype(a.dtype) ** (1 / num_matrices)
 
     def damped(factor, mean, is_matrix):
-        eye = jnp.broadcast_to(jnp.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
+        def expand(scalar):
+            return scalar.reshape(*scalar.shape, *(1,) * (factor.ndim - ndim))
+
+        size = factor.shape[-1]
+        eye = jnp.ones(size, factor.dtype) if is_diagonal(factor, ndim) else jnp.eye(size, dtype=factor.dtype)
+        eye = jnp.broadcast_to(eye, factor.shape)
         if not is_matrix:
             return eye
-        unit = factor / jnp.where(alive, mean, 1)[..., None, None]
-        return jnp.where(
-            alive[..., None, None], scale[..., None, None] * shift(unit, relative), shift(0 * eye, constant)
-        )
+        unit = factor / expand(jnp.where(alive, mean, 1))
+        return jnp.where(expand(alive), expand(scale) * (unit + expand(relative) * eye), constant * eye)
 
     return damped(a, mean_a, d_a > 1 or d_g == 1), damped(g, mean_g, d_g > 1)
+
+
+def _mean_eigenvalue(factor: Float[Array, "..."], ndim: int) -> Float[Array, "*leading"]:
+    diagonal = factor if is_diagonal(factor, ndim) else jnp.diagonal(factor, axis1=-2, axis2=-1)
+    return jnp.mean(diagonal, axis=-1)

@@ -13,7 +13,7 @@ from ._check import check
 from ._damping import as_damping_rule, DampingRule
 from ._estimators import BlockDiagonalCurvature, CurvatureEstimator, ImplicitExactCurvature
 from ._l2 import L2
-from ._layers import tagged_layers
+from ._layers import parts
 from ._objective import evaluate
 from ._quadratic import PlaneModel, QuadraticModel
 from ._registry import split_parameters
@@ -362,7 +362,7 @@ def _check_state(state: OptimizerState, parameters: Parameters) -> None:
     """The state must have been made for a model like this one."""
 
     def shapes(tree):
-        return {path: layer.shape() for path, layer in tagged_layers(tree).items()}
+        return {key: part.operation.shape() for key, part in parts(tree).items()}
 
     expected, found = shapes(state.velocity), shapes(parameters)
     for path in expected | found:

@@ -8,11 +8,30 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from ._layers import is_tagged, tagged_layers, TaggedLayer, TaggedLinear
+from ._blocks import Block, KroneckerFactored, KroneckerSum
+from ._layers import (
+    borrowed,
+    is_tagged,
+    layer_parts,
+    parts,
+    replace_layers,
+    tagged_layers,
+    TaggedBatchNorm,
+    TaggedConv,
+    TaggedConvTranspose,
+    TaggedEmbedding,
+    TaggedGRUCell,
+    TaggedLayer,
+    TaggedLinear,
+    TaggedLSTMCell,
+    TaggedNorm,
+    TaggedPReLU,
+)
+from ._operations import Transposed
 from ._types import Model, Parameters, Where
 
 
-Rule = Callable[[Any], TaggedLayer]
+Rule = Callable[[Any], TaggedLayer] | None
 
 
 class Registry:
@@ -26,7 +45,9 @@ class Registry:
     def __init__(self, rules: Mapping[type, Rule] | None = None):
         """**Arguments:**
 
-        - `rules`: from the type of a module to a function that wraps a module of this type in a tagged layer.
+        - `rules`: from the type of a module to a function that wraps a module of this type in a tagged layer; or to
+            `None`, for modules that use the parameters of the layers inside them in ways of their own, and must not be
+            searched for layers.
         """
         self.rules = types.MappingProxyType(dict(rules or {}))
 
@@ -37,7 +58,8 @@ class Registry:
 
         - `module_type`: a class of modules.
         - `rule`: wraps a module of that class in a tagged layer, for instance
-            `lambda linear: kfax.TaggedLinear(linear, block=kfax.KroneckerFactored(kfax.Reduce()))`.
+            `lambda linear: kfax.TaggedLinear(linear, block=kfax.KroneckerFactored(kfax.Reduce()))`. With `None` modules
+            of that class are left as they are, with everything inside.
 
         **Raises:** `ValueError` if `module_type` is not a class.
         """
@@ -54,13 +76,14 @@ class Registry:
         **Raises:** `ValueError` if there is no such rule, or if it does not return a tagged layer.
         """
         name = type(module).__name__
-        if type(module) not in self.rules:
+        rule = self.rules.get(type(module))
+        if rule is None:
             raise ValueError(
                 f"The registry has no rule for `{name}`. Add one with `registry.register({name}, rule)`, where "
                 "`rule(module)` returns a `kfax.TaggedLayer`. It has rules for: "
                 f"{', '.join(sorted(t.__name__ for t in self.rules)) or 'nothing'}."
             )
-        layer = self.rules[type(module)](module)
+        layer = rule(module)
         if not is_tagged(layer):
             raise ValueError(
                 f"The rule registered for `{name}` must return a `kfax.TaggedLayer`, such as "
@@ -69,7 +92,25 @@ class Registry:
         return layer
 
 
-default_registry = Registry({eqx.nn.Linear: TaggedLinear})
+default_registry = Registry(
+    {
+        eqx.nn.Linear: TaggedLinear,
+        eqx.nn.Embedding: TaggedEmbedding,
+        eqx.nn.GRUCell: TaggedGRUCell,
+        eqx.nn.LSTMCell: TaggedLSTMCell,
+        eqx.nn.BatchNorm: TaggedBatchNorm,
+        eqx.nn.PReLU: TaggedPReLU,
+        **dict.fromkeys((eqx.nn.Conv, eqx.nn.Conv1d, eqx.nn.Conv2d, eqx.nn.Conv3d), TaggedConv),
+        eqx.nn.ConvTranspose: TaggedConvTranspose,
+        eqx.nn.ConvTranspose1d: TaggedConvTranspose,
+        eqx.nn.ConvTranspose2d: TaggedConvTranspose,
+        eqx.nn.ConvTranspose3d: TaggedConvTranspose,
+        **dict.fromkeys((eqx.nn.LayerNorm, eqx.nn.RMSNorm, eqx.nn.GroupNorm), TaggedNorm),
+        # The weight in these is not what the layer inside them multiplies with.
+        eqx.nn.WeightNorm: None,
+        eqx.nn.SpectralNorm: None,
+    }
+)
 
 
 def tag(model: Model, *, registry: Registry = default_registry, frozen: Where | None = None) -> Model:
@@ -78,7 +119,8 @@ def tag(model: Model, *, registry: Registry = default_registry, frozen: Where | 
     The outermost module with a rule is wrapped; all others (`eqx.nn.MLP`, `eqx.nn.MultiheadAttention`, lists, your own
     modules) are searched for such layers. Layers that are tagged already stay as they are. The result computes what
     `model` does and has the same array leaves in the same order, so that files written by
-    `eqx.tree_serialise_leaves` fit both.
+    `eqx.tree_serialise_leaves` fit both. An embedding whose matrix `eqx.nn.Shared` also gives to an output head gets
+    the block [`kfax.KroneckerSum`][].
 
     **Arguments:**
 
@@ -95,11 +137,64 @@ def tag(model: Model, *, registry: Registry = default_registry, frozen: Where | 
     def is_layer(node):
         return is_tagged(node) or type(node) in registry.rules
 
-    tagged = jax.tree.map(
-        lambda node: registry.apply(node) if is_layer(node) and not is_tagged(node) else node, model, is_leaf=is_layer
-    )
+    def wrap(node):
+        return registry.apply(node) if is_layer(node) and registry.rules.get(type(node)) is not None else node
+
+    tagged = _tie(jax.tree.map(wrap, model, is_leaf=is_layer), already=tagged_layers(model))
     split_parameters(tagged, frozen)
     return tagged
+
+
+def _tie(model: Model, already: Mapping[str, TaggedLayer]) -> Model:
+    """Gives layers whose matrix another layer uses transposed a block for that, unless their block was chosen."""
+    owners = {loan.owner for loan in borrowed(model) if isinstance(loan.operation, Transposed)}
+    layers = {}
+    for path, layer in tagged_layers(model).items():
+        keys = {part.key for part in layer_parts(path, eqx.filter(layer, eqx.is_inexact_array))}
+        if keys & owners and path not in already and isinstance(layer.block, KroneckerFactored):
+            layers[path] = _with_block(layer, KroneckerSum(layer.block.sharing, max_dim=layer.block.max_dim))
+    return replace_layers(model, layers)
+
+
+def set_block(model: Model, where: Where | str, block: Block | Mapping[str, Block]) -> Model:
+    """Changes the curvature block of some layers of a tagged model.
+
+    **Arguments:**
+
+    - `model`: the tagged model.
+    - `where`: a function of the model that returns tagged layers, or nodes that contain some, as in `equinox.tree_at`:
+        `lambda model: [model.layers[0], model.head]`. Or the path of such a node as [`kfax.coverage`][] prints it.
+    - `block`: the new block of all these layers; for layers with several operations, it may be a dictionary with a
+        block for each by name.
+
+    **Returns:** the model with that block.
+
+    **Raises:** `ValueError` if there is no tagged layer there.
+    """
+    layers = tagged_layers(model)
+    if isinstance(where, str):
+        chosen = {path: layer for path, layer in layers.items() if _is_within(path, where)}
+    else:
+        nodes = {id(node) for node in jax.tree.leaves(where(model), is_leaf=is_tagged) if is_tagged(node)}
+        chosen = {path: layer for path, layer in layers.items() if id(layer) in nodes}
+    if not chosen:
+        raise ValueError(
+            f"`where` of `kfax.set_block` must select tagged layers of the model, but there is none in {where!r}. "
+            f"The tagged layers are at {', '.join(f'`{path}`' for path in layers) or '(nowhere)'}."
+        )
+    new = block if isinstance(block, Block) else dict(block)
+    return replace_layers(model, {path: _with_block(layer, new) for path, layer in chosen.items()})
+
+
+def _with_block(layer: TaggedLayer, block: Block | dict[str, Block]) -> TaggedLayer:
+    changed = eqx.tree_at(lambda tagged: tagged.block, layer, block, is_leaf=lambda node: node is layer.block)
+    changed.__check_init__()
+    return changed
+
+
+def _is_within(path: str, prefix: str) -> bool:
+    """Whether a path is `prefix`, or of something inside it."""
+    return path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in ("", ".", "[")
 
 
 def untag(model: Model) -> Model:
@@ -117,7 +212,7 @@ def split_parameters(model: Model, frozen: Where | None) -> tuple[Parameters, Mo
     if missing:
         raise ValueError(_untagged_message(model, missing))
     parameters, rest = eqx.partition(model, spec)
-    if not tagged_layers(parameters):
+    if not parts(parameters):
         raise ValueError(
             "The model has no parameter to train. Parameters are floating-point arrays in tagged layers, less what "
             "`frozen` selects."
@@ -155,8 +250,8 @@ def _untagged_message(model: Model, missing: list[str]) -> str:
         "kfax does not choose a weaker block behind your back. Either\n"
         "  1. register a rule for the module that holds them: `kfax.tag(model, "
         "registry=kfax.default_registry.register(MyModule, rule))`;\n"
-        "  2. choose a block explicitly, by wrapping the layer yourself: `kfax.TaggedLinear(layer, "
-        "block=kfax.KroneckerFactored())`;\n"
+        "  2. choose a block explicitly, by wrapping the module yourself: `kfax.TaggedModule(module, "
+        "block=kfax.Diagonal())` takes any module;\n"
         f"  3. freeze them, in `kfax.tag`, `kfax.coverage` and the optimizer: `frozen=lambda model: model{first}`.\n"
         "`print(kfax.coverage(model))` shows what each parameter has."
     )

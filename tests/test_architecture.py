@@ -35,6 +35,7 @@ HOUSE = [
     ["_losses"],
     # curvature blocks
     ["_blocks"],
+    ["_operations"],
     # ground
     ["_fold"],
     ["_linalg", "_ema", "_scalars"],

@@ -26,18 +26,18 @@ NOISE = jax.random.normal(jax.random.key(10), (3, D)) / 3
 COTANGENT = jax.random.normal(jax.random.key(11), (N, D))
 
 
-def moments(x, dy, weights):
+def moments(use):
     """Sums over all rows: the second moments of inputs and cotangents, and the number of rows."""
+    x, dy, weights = use.x, use.dy, use.weights
     rows = x.reshape(-1, D)
     scaled = rows if weights is None else rows * jnp.repeat(weights, x.shape[1])[:, None]
     cotangents = dy.reshape(-1, D)
     return scaled.T @ rows, cotangents.T @ cotangents, jnp.asarray(float(len(rows)))
 
 
-def gradients(x, dy, weights):
+def gradients(use):
     """One gradient for each example: linear in each use, with a leading axis of examples."""
-    del weights
-    return jnp.einsum("npo,npi->noi", dy, x)
+    return jnp.einsum("npo,npi->noi", use.dy, use.x)
 
 
 MOMENTS = (jnp.zeros((D, D)), jnp.zeros((D, D)), jnp.zeros(()))
@@ -363,8 +363,8 @@ def test_shard_map():
 def test_bfloat16_rows_give_statistics_in_the_dtype_of_the_slot():
     low = VECTORS.astype(jnp.bfloat16)
 
-    def statistic(x, dy, weights):
-        del weights
+    def statistic(use):
+        x, dy = use.x, use.dy
         rows = x.reshape(-1, D)
         return jnp.matmul(rows.T, rows, preferred_element_type=jnp.float32), jnp.sum(dy, dtype=jnp.float32)
 
@@ -383,9 +383,8 @@ def test_bfloat16_rows_give_statistics_in_the_dtype_of_the_slot():
 def test_integer_inputs(observed):
     table, ids = jax.random.normal(jax.random.key(1), (11, D)), jnp.array([3, 1, 3, 7, 0, 1, 3, 10])
 
-    def counts(x, dy, weights):
-        del weights, dy
-        return jnp.zeros(11).at[x.reshape(-1)].add(1.0)
+    def counts(use):
+        return jnp.zeros(11).at[use.x.reshape(-1)].add(1.0)
 
     def run(table, value):
         slot = Slot(value, None, counts, ExampleAxis(None, N, True, ".layer")) if observed else None

@@ -46,7 +46,7 @@ def test_factored_damping_is_the_formula_of_the_paper(key, damping):
     pi = jnp.sqrt((jnp.trace(a) / 5) / (jnp.trace(g) / 3))
     gamma = jnp.sqrt(damping)
     expected = kronecker(a + pi * gamma * jnp.eye(5), g + gamma / pi * jnp.eye(3))
-    damped_a, damped_g = linalg.damp_factors(a, g, jnp.asarray(damping))
+    damped_a, damped_g = linalg.damp_factors(a, g, jnp.asarray(damping), 0)
     assert_close(kronecker(damped_a, damped_g), expected)
     assert_close(jnp.trace(damped_a) / 5, jnp.trace(damped_g) / 3)
 
@@ -54,21 +54,21 @@ def test_factored_damping_is_the_formula_of_the_paper(key, damping):
 @pytest.mark.parametrize(("d_a", "d_g"), [(4, 1), (1, 4), (1, 1)])
 def test_damping_is_exact_beside_a_one_by_one_factor(key, d_a, d_g):
     a, g = psd(key, d_a), psd(jax.random.fold_in(key, 1), d_g)
-    damped = kronecker(*linalg.damp_factors(a, g, jnp.asarray(0.3)))
+    damped = kronecker(*linalg.damp_factors(a, g, jnp.asarray(0.3), 0))
     assert_close(damped, kronecker(a, g) + 0.3 * jnp.eye(d_a * d_g))
 
 
 @pytest.mark.parametrize("d_g", [1, 3])
 def test_a_vanished_factor_leaves_the_damping(key, d_g):
     for a, g in [(psd(key, 4), jnp.zeros((d_g, d_g))), (jnp.zeros((4, 4)), psd(key, d_g))]:
-        assert_close(kronecker(*linalg.damp_factors(a, g, jnp.asarray(0.3))), 0.3 * jnp.eye(4 * d_g))
+        assert_close(kronecker(*linalg.damp_factors(a, g, jnp.asarray(0.3), 0)), 0.3 * jnp.eye(4 * d_g))
 
 
 def test_stacked_factors_are_damped_one_by_one(key):
     a, g = psd(key, 4, (3,)), psd(jax.random.fold_in(key, 1), 2, (3,))
     g = g.at[1].set(0)
-    stacked = linalg.damp_factors(a, g, jnp.asarray(0.1))
-    single = [linalg.damp_factors(a[i], g[i], jnp.asarray(0.1)) for i in range(3)]
+    stacked = linalg.damp_factors(a, g, jnp.asarray(0.1), 1)
+    single = [linalg.damp_factors(a[i], g[i], jnp.asarray(0.1), 0) for i in range(3)]
     assert_close(stacked, jax.tree.map(lambda *leaves: jnp.stack(leaves), *single))
 
 

@@ -10,6 +10,7 @@ from cases import MODELS
 from helpers import assert_close, parameters
 
 import kfax
+from kfax._layers import from_matrices, to_matrices
 
 
 class Custom(eqx.Module):
@@ -78,21 +79,11 @@ def test_the_outermost_registered_module_is_tagged(key):
 
     class TaggedWrapper(kfax.TaggedLayer):
         layer: Wrapper
-        block: kfax.Block = kfax.KroneckerFactored()
-        slot: kfax.Slot | None = None
+        block: kfax.Blocks = kfax.KroneckerFactored()
+        slots: kfax.Slots = None
 
-        def shape(self):
-            return kfax.TaggedLinear(self.layer.inner).shape()
-
-        def rows(self, x, dy):
-            return kfax.TaggedLinear(self.layer.inner).rows(x, dy)
-
-        def to_matrix(self):
-            return kfax.TaggedLinear(self.layer.inner).to_matrix()
-
-        def from_matrix(self, matrix):
-            inner = kfax.TaggedLinear(self.layer.inner).from_matrix(matrix).layer
-            return eqx.tree_at(lambda m: m.layer.inner, self, inner)
+        def operations(self) -> dict[str, kfax.Operation]:
+            return {"": kfax.Dense(self.layer.inner.weight, self.layer.inner.bias)}
 
     model = [Wrapper(eqx.nn.Linear(2, 3, key=key)), eqx.nn.Linear(3, 2, key=key)]
     tagged = kfax.tag(model, registry=kfax.default_registry.register(Wrapper, TaggedWrapper))
@@ -148,8 +139,8 @@ def test_a_subclass_is_not_taken_for_its_base(key):
 def test_matrix_of_a_dense_layer(key):
     tagged = kfax.TaggedLinear(eqx.nn.Linear(4, 3, key=key))
     expected = jnp.concatenate([tagged.weight, tagged.bias[:, None]], axis=1)
-    assert_close(tagged.to_matrix(), expected)
-    assert eqx.tree_equal(tagged.from_matrix(2 * expected), jax.tree.map(lambda x: 2 * x, tagged))
+    assert_close(to_matrices(tagged), {"": expected})
+    assert eqx.tree_equal(from_matrices(tagged, {"": 2 * expected}), jax.tree.map(lambda x: 2 * x, tagged))
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
@@ -166,7 +157,7 @@ def test_coverage_as_data(custom):
     assert coverage.missing == (".scale",)
     scale, first, last = coverage.rows
     assert (scale.layer, scale.block) == (None, None)
-    assert (first.layer, first.block) == ("TaggedLinear", "KroneckerFactored(sharing=Expand())")
+    assert (first.layer, first.block) == ("TaggedLinear", "KroneckerFactored(Expand())")
     assert first.parameters == (("weight", (5, 8)), ("bias", (5,)))
     assert first.num_parameters == 45
     # Statistics A, G and R, and the two inverses.

@@ -1,79 +1,14 @@
 """The contract between a curvature block and the rest of the library."""
 
 import abc
-import math
 from typing import Any
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from .._fold import Use
+from .._operations import MatrixShape, Operation
 from .._types import Scalar
-
-
-class MatrixShape(eqx.Module):
-    """The parameters of one layer, seen as a matrix V of shape `(*stack, d_g, d_a)`.
-
-    For a dense layer `V = [W b]`: rows are outputs, columns inputs, with the bias as the last column.
-
-    **Fields:**
-
-    - `stack`: leading axes of a stacked layer (made by `equinox.filter_vmap`); `()` for a single one.
-    - `num_outputs`: `d_g`.
-    - `num_inputs`: the columns that multiply an input, without the bias.
-    - `bias`: whether the last column is a bias, that is, multiplies a constant 1.
-    - `dtype`: of the parameters.
-    """
-
-    stack: tuple[int, ...] = eqx.field(static=True)
-    num_outputs: int = eqx.field(static=True)
-    num_inputs: int = eqx.field(static=True)
-    bias: bool = eqx.field(static=True)
-    dtype: np.dtype = eqx.field(static=True)
-
-    @property
-    def d_g(self) -> int:
-        """The number of rows of V."""
-        return self.num_outputs
-
-    @property
-    def d_a(self) -> int:
-        """The number of columns of V, that of a bias included."""
-        return self.num_inputs + self.bias
-
-    @property
-    def num_layers(self) -> int:
-        """How many layers are stacked."""
-        return math.prod(self.stack)
-
-    @property
-    def statistics_dtype(self) -> np.dtype:
-        """The dtype of curvature: that of the parameters, but at least float32."""
-        return jnp.promote_types(self.dtype, jnp.float32)
-
-    def __str__(self) -> str:
-        return f"{self.dtype}{[*self.stack, self.d_g, self.d_a]}" + (" with a bias" if self.bias else "")
-
-    def over_stack(self, function):
-        """`function` mapped over the stack axes of its array arguments."""
-        for _ in self.stack:
-            function = jax.vmap(function)
-        return function
-
-
-class Rows(eqx.Module):
-    """What a layer did in one batch, as the rows of its two factors.
-
-    **Fields:**
-
-    - `inputs`: a, by example and position, `(n, p, num_inputs)`, without the constant 1 of a bias.
-    - `cotangents`: g, the cotangents of the layer's outputs, `(n, p, d_g)`. Per example, not divided by n.
-    """
-
-    inputs: Float[Array, "n p num_inputs"]
-    cotangents: Float[Array, "n p d_g"]
 
 
 class Recorded(eqx.Module):
@@ -109,7 +44,8 @@ class Block(eqx.Module):
     which is computed from them by the occasional, costly refresh and applied by the cheap `solve`. With a loss in
     units of `loss` and parameters in units of `param`, the block and its damping are in loss/param².
 
-    All arrays lead with the stack axes of `shape`.
+    All arrays lead with the stack axes of `shape`, and those of each matrix with its group axes as well, unless a
+    block says otherwise.
     """
 
     # -- collecting statistics of a batch --
@@ -117,15 +53,20 @@ class Block(eqx.Module):
     @property
     @abc.abstractmethod
     def is_sum(self) -> bool:
-        """Whether what `record` returns is a plain sum over rows, rather than one entry for each example."""
+        """Whether what `record` returns is a plain sum over rows, so that it need not know the examples."""
 
     @abc.abstractmethod
     def slot(self, shape: MatrixShape, num_examples: int) -> Recorded:
         """Zeros of the shapes that `record` returns (with the stack axes)."""
 
     @abc.abstractmethod
-    def record(self, shape: MatrixShape, rows: Rows, weights: Float[Array, " n"] | None) -> Recorded:
-        """Reads the rows of one use of one layer. Must be additive over uses."""
+    def record(self, shape: MatrixShape, operation: Operation, use: Use) -> Recorded:
+        """Reads one use of one layer (without stack axes). Must be additive over uses.
+
+        `operation` is what the layer does with its matrix in this use, which may lack the bias that `shape` has.
+
+        **Raises:** `ValueError` if the operation cannot tell what the block needs.
+        """
 
     @abc.abstractmethod
     def second_moment(self, shape: MatrixShape, cotangents: PyTree[Array]) -> PyTree[Array]:
@@ -137,7 +78,7 @@ class Block(eqx.Module):
         shape: MatrixShape,
         inputs: PyTree[Array],
         second_moment: PyTree[Array],
-        weights: Float[Array, "*stack n"] | None,
+        weights: Float[Array, " n"] | None,
         num_examples: int,
     ) -> Any:
         """Turns `Recorded.inputs` and the summed `second_moment` into means over examples."""
@@ -153,24 +94,24 @@ class Block(eqx.Module):
         """The symmetric positive definite matrices that a refresh has to invert."""
 
     @abc.abstractmethod
-    def refresh(self, inverses: tuple[Float[Array, "..."], ...]) -> Any:
-        """Makes `BlockState.inverse` from the inverses of `matrices`."""
+    def refresh(self, statistics: Any, damping: Scalar, inverses: tuple[Float[Array, "..."], ...]) -> Any:
+        """Makes `BlockState.inverse`, given the inverses of `matrices`."""
 
     @abc.abstractmethod
-    def solve(self, inverse: Any, vector: Float[Array, "*stack d_g d_a"]) -> Float[Array, "*stack d_g d_a"]:
+    def solve(self, inverse: Any, vector: Float[Array, "*leading d_g d_a"]) -> Float[Array, "*leading d_g d_a"]:
         """Multiplies by the inverse of the damped block, as of the last refresh."""
 
     @abc.abstractmethod
-    def multiply(self, statistics: Any, vector: Float[Array, "*stack d_g d_a"]) -> Float[Array, "*stack d_g d_a"]:
+    def multiply(self, statistics: Any, vector: Float[Array, "*leading d_g d_a"]) -> Float[Array, "*leading d_g d_a"]:
         """Multiplies by the block, without damping."""
 
     @abc.abstractmethod
     def eigenvalues(self, statistics: Any) -> Float[Array, "*stack d"]:
-        """The eigenvalues of the block, without damping, in no particular order; `d = d_g d_a`."""
+        """The eigenvalues of the block, without damping, in no particular order."""
 
     @abc.abstractmethod
     def to_dense(self, statistics: Any) -> Float[Array, "*stack d d"]:
-        """The block as a matrix that acts on V raveled row by row; `d = d_g d_a`."""
+        """The block as a matrix (or several along leading axes) that acts on V raveled row by row."""
 
     # -- what it costs --
 

@@ -1,12 +1,15 @@
 """The Kronecker-factored block: K-FAC itself."""
 
+import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .. import _linalg as linalg
+from .._fold import Use
+from .._operations import FactoredOperation, MatrixShape, Operation, Transposed
 from .._types import Scalar
-from .base import Block, BlockState, MatrixShape, Recorded, Rows
-from .sharing import Expand, KroneckerFactors, Sharing
+from .base import Block, BlockState, Recorded
+from .sharing import Expand, FactorSizes, KroneckerFactors, Sharing
 
 
 class KroneckerFactored(Block):
@@ -19,6 +22,9 @@ class KroneckerFactored(Block):
 
     Damping is factored: `(G/R + √λ/π I) ⊗ (A + π√λ I)` stands in for `G ⊗ A / R + λ I`.
 
+    A factor is diagonal where nothing else is needed, on the side of an embedding's entries, and where its side of V
+    is longer than `max_dim`.
+
     Memory: `2 (d_a² + d_g²)` numbers. A refresh takes about `2 (d_a³ + d_g³)` flops, a solve `2 d_a d_g (d_a + d_g)`.
 
     ??? cite "Source"
@@ -27,87 +33,142 @@ class KroneckerFactored(Block):
     """
 
     sharing: Sharing
+    max_dim: int = eqx.field(static=True)
 
-    def __init__(self, sharing: Sharing = Expand()):
+    def __init__(self, sharing: Sharing = Expand(), *, max_dim: int = 4096):
         """**Arguments:**
 
         - `sharing`: what to make of a layer applied at several positions of an example, `kfax.Expand()` or
             `kfax.Reduce()`. Makes no difference to a layer that is applied once.
+        - `max_dim`: the largest dense factor. Of a longer side of V (the inputs of a very wide layer, the classes of
+            a large vocabulary) only the diagonal of the factor is kept.
         """
-        if not isinstance(sharing, Sharing):
-            raise ValueError(f"`sharing` must be `kfax.Expand()` or `kfax.Reduce()`, got {sharing!r}.")
-        self.sharing = sharing
+        self.sharing, self.max_dim = check_factoring(sharing, max_dim)
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({self.sharing})"
 
     @property
     def is_sum(self) -> bool:
         return self.sharing.is_sum
 
     def slot(self, shape: MatrixShape, num_examples: int) -> Recorded:
-        return self.sharing.slot(shape, num_examples)
+        return self.sharing.slot(factor_sizes(shape, self.max_dim), num_examples)
 
-    def record(self, shape: MatrixShape, rows: Rows, weights: Float[Array, " n"] | None) -> Recorded:
-        return self.sharing.record(shape, rows, weights)
+    def record(self, shape: MatrixShape, operation: Operation, use: Use) -> Recorded:
+        if isinstance(operation, Transposed):
+            raise ValueError(
+                "its matrix is also used transposed, as that of an embedding is by a head tied to it. The two uses "
+                "have different units, and their statistics must not be added up. Give it a block for both: "
+                "`kfax.set_block(model, where, kfax.KroneckerSum())`."
+            )
+        return self.sharing.record(factor_sizes(shape, self.max_dim), check_factored(self, operation), use)
 
     def second_moment(self, shape: MatrixShape, cotangents: PyTree[Array]) -> PyTree[Array]:
-        return self.sharing.second_moment(cotangents)
+        return self.sharing.second_moment(factor_sizes(shape, self.max_dim), cotangents)
 
     def statistics(
         self,
         shape: MatrixShape,
         inputs: PyTree[Array],
         second_moment: PyTree[Array],
-        weights: Float[Array, "*stack n"] | None,
+        weights: Float[Array, " n"] | None,
         num_examples: int,
     ) -> KroneckerFactors:
-        def one(inputs, g, weights):
-            return self.sharing.factors(shape, inputs, g, weights, num_examples)
+        sizes = factor_sizes(shape, self.max_dim)
 
-        return shape.over_stack(one)(inputs, second_moment, weights)
+        def one(inputs, g):
+            return self.sharing.factors(sizes, inputs, g, weights, num_examples)
+
+        return shape.over_matrices(one)(inputs, second_moment)
 
     def init(self, shape: MatrixShape) -> BlockState:
-        dtype = shape.statistics_dtype
-        zeros = [jnp.zeros((*shape.stack, d, d), dtype) for d in (shape.d_a, shape.d_g)]
-        eyes = tuple(linalg.shift(z, jnp.ones((), dtype)) for z in zeros)
-        return BlockState(KroneckerFactors(zeros[0], zeros[1], jnp.zeros(shape.stack, dtype)), eyes)
+        dtype, sizes = shape.statistics_dtype, factor_sizes(shape, self.max_dim)
+        zeros = [jnp.zeros((*shape.leading, *size), dtype) for size in (sizes.a, sizes.g)]
+        ones = [jnp.eye(*size) if len(size) == 2 else jnp.ones(size) for size in (sizes.a, sizes.g)]
+        unit = tuple(jnp.broadcast_to(one.astype(dtype), zero.shape) for one, zero in zip(ones, zeros, strict=True))
+        return BlockState(KroneckerFactors(zeros[0], zeros[1], jnp.zeros(shape.leading, dtype)), unit)
 
     def matrices(self, statistics: KroneckerFactors, damping: Scalar) -> tuple[Float[Array, "..."], ...]:
-        return linalg.damp_factors(statistics.a, self._g_per_position(statistics), damping)
+        damped = linalg.damp_factors(statistics.a, per_position(statistics), damping, statistics.positions.ndim)
+        return tuple(linalg.as_matrices(factor, statistics.positions.ndim) for factor in damped)
 
-    def refresh(self, inverses: tuple[Float[Array, "..."], ...]) -> tuple[Float[Array, "..."], ...]:
-        return inverses
+    def refresh(
+        self, statistics: KroneckerFactors, damping: Scalar, inverses: tuple[Float[Array, "..."], ...]
+    ) -> tuple[Float[Array, "..."], ...]:
+        a, g = inverses
+        return a.reshape(statistics.a.shape), g.reshape(statistics.g.shape)
 
     def solve(
-        self, inverse: tuple[Float[Array, "..."], ...], vector: Float[Array, "*stack d_g d_a"]
-    ) -> Float[Array, "*stack d_g d_a"]:
+        self, inverse: tuple[Float[Array, "..."], ...], vector: Float[Array, "*leading d_g d_a"]
+    ) -> Float[Array, "*leading d_g d_a"]:
         a_inverse, g_inverse = inverse
-        return linalg.matmul(g_inverse, vector.astype(a_inverse.dtype), a_inverse).astype(vector.dtype)
+        return linalg.sandwich(g_inverse, vector.astype(a_inverse.dtype), a_inverse).astype(vector.dtype)
 
     def multiply(
-        self, statistics: KroneckerFactors, vector: Float[Array, "*stack d_g d_a"]
-    ) -> Float[Array, "*stack d_g d_a"]:
-        g = self._g_per_position(statistics)
-        return linalg.matmul(g, vector.astype(g.dtype), statistics.a).astype(vector.dtype)
+        self, statistics: KroneckerFactors, vector: Float[Array, "*leading d_g d_a"]
+    ) -> Float[Array, "*leading d_g d_a"]:
+        g = per_position(statistics)
+        return linalg.sandwich(g, vector.astype(g.dtype), statistics.a).astype(vector.dtype)
 
-    def eigenvalues(self, statistics: KroneckerFactors) -> Float[Array, "*stack d"]:
-        a = jnp.linalg.eigvalsh(statistics.a)
-        g = jnp.linalg.eigvalsh(self._g_per_position(statistics))
+    def eigenvalues(self, statistics: KroneckerFactors) -> Float[Array, "*leading d"]:
+        ndim = statistics.positions.ndim
+        factors = (statistics.a, per_position(statistics))
+        a, g = (f if f.ndim == ndim + 1 else jnp.linalg.eigvalsh(f) for f in factors)
         return (g[..., :, None] * a[..., None, :]).reshape(*a.shape[:-1], -1)
 
-    def to_dense(self, statistics: KroneckerFactors) -> Float[Array, "*stack d d"]:
-        g, a = self._g_per_position(statistics), statistics.a
-        product = g[..., :, None, :, None] * a[..., None, :, None, :]
-        size = g.shape[-1] * a.shape[-1]
-        return product.reshape(*a.shape[:-2], size, size)
+    def to_dense(self, statistics: KroneckerFactors) -> Float[Array, "*leading d d"]:
+        return dense_product(statistics)
 
     def refresh_flops(self, shape: MatrixShape) -> int:
-        return 2 * shape.num_layers * (shape.d_a**3 + shape.d_g**3)
+        sizes = factor_sizes(shape, self.max_dim)
+        cubes = [size[0] ** 3 if len(size) == 2 else size[0] for size in (sizes.a, sizes.g)]
+        return 2 * shape.num_matrices * sum(cubes)
 
     def solve_flops(self, shape: MatrixShape) -> int:
-        return 2 * shape.num_layers * shape.d_a * shape.d_g * (shape.d_a + shape.d_g)
+        sizes = factor_sizes(shape, self.max_dim)
+        lengths = [size[0] if len(size) == 2 else 1 for size in (sizes.a, sizes.g)]
+        return 2 * shape.num_parameters * sum(lengths)
 
     def update_flops(self, shape: MatrixShape) -> int:
-        return 2 * shape.num_layers * (shape.d_a**2 + shape.d_g**2)
+        sizes = factor_sizes(shape, self.max_dim)
+        a = 1 if shape.one_hot else sizes.a[0] * sizes.a[-1] if len(sizes.a) == 2 else sizes.a[0]
+        g = sizes.g[0] ** len(sizes.g)
+        return 2 * shape.num_matrices * (a + g)
 
-    def _g_per_position(self, statistics: KroneckerFactors) -> Float[Array, "*stack d_g d_g"]:
-        positions = jnp.where(statistics.positions > 0, statistics.positions, 1)
-        return statistics.g / positions[..., None, None]
+
+def check_factoring(sharing: Sharing, max_dim: int) -> tuple[Sharing, int]:
+    if not isinstance(sharing, Sharing):
+        raise ValueError(f"`sharing` must be `kfax.Expand()` or `kfax.Reduce()`, got {sharing!r}.")
+    if max_dim < 0:
+        raise ValueError(f"`max_dim` is the size of a matrix, got {max_dim}.")
+    return sharing, max_dim
+
+
+def check_factored(block: Block, operation: Operation) -> FactoredOperation:
+    if not isinstance(operation, FactoredOperation):
+        raise ValueError(
+            f"its block is {block}, but its parameters ({type(operation).__name__}) multiply no inputs as a matrix "
+            "does, so that there is nothing to factor. Blocks that fit: `kfax.UnitWise()`, `kfax.Diagonal()` and "
+            "`kfax.Full()`."
+        )
+    return operation
+
+
+def factor_sizes(shape: MatrixShape, max_dim: int) -> FactorSizes:
+    return FactorSizes(shape, shape.one_hot or shape.d_a > max_dim, shape.d_g > max_dim)
+
+
+def per_position(statistics: KroneckerFactors) -> Float[Array, "..."]:
+    """`G / R`."""
+    positions = jnp.where(statistics.positions > 0, statistics.positions, 1)
+    return statistics.g / positions.reshape(*positions.shape, *(1,) * (statistics.g.ndim - positions.ndim))
+
+
+def dense_product(statistics: KroneckerFactors) -> Float[Array, "*leading d d"]:
+    """`G ⊗ A / R` as a matrix."""
+    ndim = statistics.positions.ndim
+    a, g = (linalg.as_dense(factor, ndim) for factor in (statistics.a, per_position(statistics)))
+    product = g[..., :, None, :, None] * a[..., None, :, None, :]
+    size = g.shape[-1] * a.shape[-1]
+    return product.reshape(*a.shape[:-2], size, size)

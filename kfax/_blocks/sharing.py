@@ -7,11 +7,15 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .base import MatrixShape, Recorded, Rows
+from .._fold import Use
+from .._operations import FactoredOperation, MatrixShape
+from .base import Recorded
 
 
 class KroneckerFactors(eqx.Module):
     """The statistics of a `KroneckerFactored` block, as means over examples; the block is `G ⊗ A / R`.
+
+    Either factor may be diagonal, and is then its diagonal.
 
     **Fields:**
 
@@ -21,9 +25,32 @@ class KroneckerFactors(eqx.Module):
         (or less, if the layer is not used in every example).
     """
 
-    a: Float[Array, "*stack d_a d_a"]
-    g: Float[Array, "*stack d_g d_g"]
-    positions: Float[Array, "*stack"]
+    a: Float[Array, "*leading d_a d_a"] | Float[Array, "*leading d_a"]
+    g: Float[Array, "*leading d_g d_g"] | Float[Array, "*leading d_g"]
+    positions: Float[Array, "*leading"]
+
+
+class FactorSizes(eqx.Module):
+    """The shape of V, and which of its factors are diagonal."""
+
+    shape: MatrixShape = eqx.field(static=True)
+    a_is_diagonal: bool = eqx.field(static=True)
+    g_is_diagonal: bool = eqx.field(static=True)
+
+    @property
+    def a(self) -> tuple[int, ...]:
+        """The shape of A."""
+        return (self.shape.d_a,) if self.a_is_diagonal else (self.shape.d_a, self.shape.d_a)
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The shape of A without bias."""
+        return (self.shape.num_inputs,) if self.a_is_diagonal else (self.shape.num_inputs, self.shape.num_inputs)
+
+    @property
+    def g(self) -> tuple[int, ...]:
+        """The shape of G."""
+        return (self.shape.d_g,) if self.g_is_diagonal else (self.shape.d_g, self.shape.d_g)
 
 
 class Sharing(eqx.Module):
@@ -35,27 +62,27 @@ class Sharing(eqx.Module):
         """See `Block.is_sum`."""
 
     @abc.abstractmethod
-    def slot(self, shape: MatrixShape, num_examples: int) -> Recorded:
+    def slot(self, sizes: FactorSizes, num_examples: int) -> Recorded:
         """See `Block.slot`."""
 
     @abc.abstractmethod
-    def record(self, shape: MatrixShape, rows: Rows, weights: Float[Array, " n"] | None) -> Recorded:
+    def record(self, sizes: FactorSizes, operation: FactoredOperation, use: Use) -> Recorded:
         """See `Block.record`."""
 
     @abc.abstractmethod
-    def second_moment(self, cotangents: Float[Array, "..."]) -> Float[Array, "*stack d_g d_g"]:
+    def second_moment(self, sizes: FactorSizes, cotangents: Float[Array, "..."]) -> Float[Array, "..."]:
         """See `Block.second_moment`."""
 
     @abc.abstractmethod
     def factors(
         self,
-        shape: MatrixShape,
+        sizes: FactorSizes,
         inputs: Any,
-        g: Float[Array, "d_g d_g"],
+        g: Float[Array, "..."],
         weights: Float[Array, " n"] | None,
         num_examples: int,
     ) -> KroneckerFactors:
-        """The factors of one (not stacked) layer, from what was recorded over all its uses."""
+        """The factors of one matrix (without leading axes), from what was recorded over all its uses."""
 
 
 class Expand(Sharing):
@@ -65,54 +92,56 @@ class Expand(Sharing):
     \text{block} = \tfrac1R\, G \otimes A$$
 
     Exact for deep linear networks whose positions do not interact (each has a loss of its own), hence the choice for
-    sequence and pixel-wise models. Without sharing (R = 1) it is plain K-FAC. Cost: `R (d_a² + d_g²)` multiply-adds
-    for each example.
+    sequence and pixel-wise models. For convolutions it is KFC, where positions are patches. Without sharing (R = 1) it
+    is plain K-FAC. Cost: `R (d_a² + d_g²)` multiply-adds for each example.
 
     ??? cite "Source"
-        Eschenhagen et al. 2023, arXiv:2311.00636, section 3.1.
+        Eschenhagen et al. 2023, arXiv:2311.00636, section 3.1; Grosse & Martens 2016, arXiv:1602.01407, section 3.1.
     """
 
     @property
     def is_sum(self) -> bool:
         return True
 
-    def slot(self, shape: MatrixShape, num_examples: int) -> Recorded:
+    def slot(self, sizes: FactorSizes, num_examples: int) -> Recorded:
         del num_examples
-        d, dtype = shape.num_inputs, shape.statistics_dtype
-        moment = jnp.zeros((*shape.stack, d, d), dtype)
-        total = jnp.zeros((*shape.stack, d), dtype) if shape.bias else None
-        count = jnp.zeros(shape.stack, dtype)
-        g = jnp.zeros((*shape.stack, shape.d_g, shape.d_g), dtype)
-        return Recorded((moment, total, count), g)
+        shape, dtype = sizes.shape, sizes.shape.statistics_dtype
+        moment = jnp.zeros((*shape.leading, *sizes.inputs), dtype)
+        sums = jnp.zeros((*shape.leading, shape.num_inputs), dtype)
+        counts = jnp.zeros((*shape.leading, 2), dtype)
+        return Recorded((moment, sums, counts), jnp.zeros((*shape.leading, *sizes.g), dtype))
 
-    def record(self, shape: MatrixShape, rows: Rows, weights: Float[Array, " n"] | None) -> Recorded:
-        dtype = shape.statistics_dtype
-        num_examples, num_positions, _ = rows.inputs.shape
-        a = rows.inputs.reshape(num_examples * num_positions, -1)
-        g = rows.cotangents.reshape(num_examples * num_positions, -1)
-        if weights is None:
-            weighted, count = a, jnp.asarray(len(a), dtype)
-        else:
-            weighted = a * jnp.repeat(weights, num_positions).astype(a.dtype)[:, None]
-            count = num_positions * jnp.sum(weights.astype(dtype))
-        moment = jnp.matmul(weighted.T, a, preferred_element_type=dtype)
-        total = jnp.sum(weighted, axis=0, dtype=dtype) if shape.bias else None
-        return Recorded((moment, total, count), jnp.matmul(g.T, g, preferred_element_type=dtype))
+    def record(self, sizes: FactorSizes, operation: FactoredOperation, use: Use) -> Recorded:
+        dtype, has_bias = sizes.shape.statistics_dtype, operation.shape().bias
+        weights = _row_weights(use)
+        moment = operation.input_moment(use.x, weights, dtype, diagonal=sizes.a_is_diagonal)
+        count = use.num_examples * use.num_positions if weights is None else jnp.sum(weights, dtype=dtype)
+        count = jnp.asarray(count * operation.num_positions(use.x), dtype)
+        sums = jnp.zeros((*sizes.shape.groups, sizes.shape.num_inputs), dtype)
+        if has_bias and not sizes.a_is_diagonal:
+            sums = jnp.sum(operation.input_sums(use.x, weights, dtype), axis=-2)
+        counts = jnp.broadcast_to(jnp.stack([count, has_bias * count]), (*sizes.shape.groups, 2))
+        g = operation.cotangents(use.dy)
+        g = g.reshape(*g.shape[:-3], -1, g.shape[-1])
+        if sizes.g_is_diagonal:
+            return Recorded((moment, sums, counts), jnp.sum(g * g, axis=-2, dtype=dtype))
+        return Recorded((moment, sums, counts), jnp.matmul(jnp.swapaxes(g, -1, -2), g, preferred_element_type=dtype))
 
-    def second_moment(self, cotangents: Float[Array, "..."]) -> Float[Array, "*stack d_g d_g"]:
+    def second_moment(self, sizes: FactorSizes, cotangents: Float[Array, "..."]) -> Float[Array, "..."]:
+        del sizes
         return cotangents
 
     def factors(
         self,
-        shape: MatrixShape,
+        sizes: FactorSizes,
         inputs: Any,
-        g: Float[Array, "d_g d_g"],
+        g: Float[Array, "..."],
         weights: Float[Array, " n"] | None,
         num_examples: int,
     ) -> KroneckerFactors:
-        del shape, weights
-        moment, total, count = inputs
-        a = moment if total is None else _with_bias(moment, total, count)
+        del weights
+        moment, sums, (count, ones) = inputs
+        a = _with_bias(moment, sums, ones) if sizes.shape.bias else moment
         return KroneckerFactors(a / num_examples, g / num_examples, count / num_examples)
 
 
@@ -134,47 +163,63 @@ class Reduce(Sharing):
     def is_sum(self) -> bool:
         return False
 
-    def slot(self, shape: MatrixShape, num_examples: int) -> Recorded:
-        dtype = shape.statistics_dtype
-        leading = (*shape.stack, num_examples)
-        total = jnp.zeros((*leading, shape.num_inputs), dtype)
-        return Recorded((total, jnp.zeros(leading, dtype)), jnp.zeros((*leading, shape.d_g), dtype))
+    def slot(self, sizes: FactorSizes, num_examples: int) -> Recorded:
+        shape, dtype = sizes.shape, sizes.shape.statistics_dtype
+        leading = (*shape.leading, num_examples)
+        inputs = (jnp.zeros((*leading, shape.num_inputs), dtype), jnp.zeros((*leading, 2), dtype))
+        return Recorded(inputs, jnp.zeros((*leading, shape.d_g), dtype))
 
-    def record(self, shape: MatrixShape, rows: Rows, weights: Float[Array, " n"] | None) -> Recorded:
-        del weights  # those are applied to the whole example, in `factors`
-        dtype = shape.statistics_dtype
-        num_examples, num_positions, _ = rows.inputs.shape
-        count = jnp.full(num_examples, num_positions, dtype)
-        total = jnp.sum(rows.inputs, axis=1, dtype=dtype)
-        return Recorded((total, count), jnp.sum(rows.cotangents, axis=1, dtype=dtype))
+    def record(self, sizes: FactorSizes, operation: FactoredOperation, use: Use) -> Recorded:
+        dtype, has_bias = sizes.shape.statistics_dtype, operation.shape().bias
+        # Example weights are applied to the whole example, in `factors`.
+        present = None if use.present is None else use.present.astype(dtype)
+        sums = operation.input_sums(use.x, present, dtype)
+        count = jnp.full(use.num_examples, use.num_positions, dtype) if present is None else jnp.sum(present, axis=1)
+        count = count * operation.num_positions(use.x)
+        counts = jnp.stack([count, has_bias * count], axis=-1)
+        counts = jnp.broadcast_to(counts, (*sizes.shape.groups, *counts.shape))
+        return Recorded((sums, counts), jnp.sum(operation.cotangents(use.dy), axis=-2, dtype=dtype))
 
-    def second_moment(self, cotangents: Float[Array, "..."]) -> Float[Array, "*stack d_g d_g"]:
+    def second_moment(self, sizes: FactorSizes, cotangents: Float[Array, "..."]) -> Float[Array, "..."]:
+        if sizes.g_is_diagonal:
+            return jnp.sum(cotangents * cotangents, axis=-2)
         return jnp.swapaxes(cotangents, -1, -2) @ cotangents
 
     def factors(
         self,
-        shape: MatrixShape,
+        sizes: FactorSizes,
         inputs: Any,
-        g: Float[Array, "d_g d_g"],
+        g: Float[Array, "..."],
         weights: Float[Array, " n"] | None,
         num_examples: int,
     ) -> KroneckerFactors:
-        total, count = inputs
-        used = count > 0
-        mean = total / jnp.where(used, count, 1)[:, None]
-        scale = used.astype(mean.dtype) if weights is None else jnp.where(used, weights.astype(mean.dtype), 0)
-        weighted = mean * scale[:, None]
-        moment = weighted.T @ mean
-        a = _with_bias(moment, weighted.sum(0), scale.sum()) if shape.bias else moment
+        sums, counts = inputs
+        used = counts[:, 0] > 0
+        per_position = 1 / jnp.where(used, counts[:, 0], 1)
+        rows = jnp.concatenate([sums, counts[:, 1:]], axis=1) if sizes.shape.bias else sums
+        rows = rows * per_position[:, None]
+        scale = used.astype(rows.dtype) if weights is None else jnp.where(used, weights.astype(rows.dtype), 0)
+        weighted = rows * scale[:, None]
+        a = jnp.sum(weighted * rows, axis=0) if sizes.a_is_diagonal else weighted.T @ rows
         # An example in which the layer was not used at all contributes to neither factor.
         return KroneckerFactors(a / num_examples, g / num_examples, scale.sum() / num_examples)
 
 
+def _row_weights(use: Use) -> Float[Array, "n p"] | None:
+    """With what weight each row of inputs counts, or `None` if all count the same."""
+    if use.weights is None:
+        return use.present if use.present is None else use.present.astype(jnp.float32)
+    rows = jnp.broadcast_to(use.weights[:, None], (use.num_examples, use.num_positions))
+    return rows if use.present is None else jnp.where(use.present, rows, 0)
+
+
 def _with_bias(
-    moment: Float[Array, "d d"], total: Float[Array, " d"], count: Float[Array, ""]
-) -> Float[Array, "d_a d_a"]:
+    moment: Float[Array, "..."], sums: Float[Array, " d"], ones: Float[Array, ""]
+) -> Float[Array, "d_a d_a"] | Float[Array, " d_a"]:
     """The second moment of inputs with a 1 appended, from the sums over inputs without it.
 
     Appending to the (many) rows instead would copy them, and is refused for rows sharded over explicit mesh axes.
     """
-    return jnp.block([[moment, total[:, None]], [total[None, :], count[None, None]]])
+    if moment.ndim == 1:
+        return jnp.concatenate([moment, ones[None]])
+    return jnp.block([[moment, sums[:, None]], [sums[None, :], ones[None, None]]])

@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Float
 from .. import _linalg as linalg
 from .._capture import Linearization, linearize, Reading
 from .._ema import MovingAverage
-from .._layers import from_matrices, tagged_layers, TaggedLayer, to_matrices
+from .._layers import from_matrices, Part, parts, to_matrices
 from .._registry import split_parameters
 from .._scalars import scalar, within_unit
 from .._sources import CurvaturePropagation, CurvatureSource
@@ -25,8 +25,9 @@ class BlockDiagonalState(eqx.Module):
 
     **Fields:**
 
-    - `average`: of each layer's statistics, by path. Changes with every update.
-    - `inverses`: what `solve` applies, by path. Changes with every refresh.
+    - `average`: of each block's statistics, by key: the path of the layer, and `/` and the operation's name if a layer
+        has several. Changes with every update.
+    - `inverses`: what `solve` applies, by key. Changes with every refresh.
     """
 
     average: MovingAverage
@@ -72,9 +73,9 @@ class BlockDiagonalCurvature(CurvatureEstimator):
 
     def init(self, model: Model, *, frozen: Where | None = None) -> BlockDiagonalState:
         parameters, _ = split_parameters(model, frozen)
-        blocks = {path: layer.block.init(layer.shape()) for path, layer in tagged_layers(parameters).items()}
-        average = MovingAverage.zeros({path: block.statistics for path, block in blocks.items()})
-        return BlockDiagonalState(average, {path: block.inverse for path, block in blocks.items()})
+        blocks = {key: part.block.init(part.operation.shape()) for key, part in parts(parameters).items()}
+        average = MovingAverage.zeros({key: block.statistics for key, block in blocks.items()})
+        return BlockDiagonalState(average, {key: block.inverse for key, block in blocks.items()})
 
     def linearize(
         self,
@@ -100,7 +101,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
     def fold(
         self, state: BlockDiagonalState, linearization: Linearization, parameters: Parameters, key: PRNGKey | None
     ) -> BlockDiagonalState:
-        new = self._statistics(linearization, tagged_layers(parameters), key)
+        new = self._statistics(linearization, parts(parameters), key)
         return BlockDiagonalState(state.average.update(new, self.decay), state.inverses)
 
     def refresh(
@@ -110,32 +111,36 @@ class BlockDiagonalCurvature(CurvatureEstimator):
 
         - `state`: with the statistics to be used.
         - `parameters`: any PyTree like the parameters; its values are not used.
-        - `damping`: λ, or one for each layer by path. [loss/param²]
+        - `damping`: λ, or one for each block by key. [loss/param²]
 
         **Returns:** the state with new inverses. Matrices of one size, of whatever layers, are inverted in one call.
         """
-        layers = tagged_layers(parameters)
-        matrices = {
-            path: layer.block.matrices(
-                state.average.value[path], scalar("damping", damping[path] if isinstance(damping, Mapping) else damping)
-            )
-            for path, layer in layers.items()
-        }
+        found, values = parts(parameters), state.average.value
+        dampings = damping if isinstance(damping, Mapping) else dict.fromkeys(found, damping)
+        scalars = {key: scalar("damping", dampings[key]) for key in found}
+        matrices = {key: part.block.matrices(values[key], scalars[key]) for key, part in found.items()}
         leaves, structure = jax.tree.flatten(matrices)
         inverses = jax.tree.unflatten(structure, linalg.by_size(linalg.psd_inverse, leaves))
-        return BlockDiagonalState(
-            state.average, {path: layer.block.refresh(inverses[path]) for path, layer in layers.items()}
-        )
+        refreshed, previous = {}, inverses
+        for key, part in found.items():
+            statistics = values[key]
+            if not matrices[key]:
+                # What the block computes by itself has to wait its turn.
+                statistics = jax.tree.map(lambda leaf, after=previous: linalg.after(leaf, after), statistics)
+            refreshed[key] = part.block.refresh(statistics, scalars[key], inverses[key])
+            if not matrices[key]:
+                previous = refreshed[key]
+        return BlockDiagonalState(state.average, refreshed)
 
     def solve(self, state: BlockDiagonalState, vector: Parameters) -> Parameters:
-        return _by_layer(lambda path, block, v: block.solve(state.inverses[path], v), vector)
+        return _by_part(lambda key, block, v: block.solve(state.inverses[key], v), vector)
 
     def multiply(self, state: BlockDiagonalState, vector: Parameters) -> Parameters:
-        return _by_layer(lambda path, block, v: block.multiply(state.average.value[path], v), vector)
+        return _by_part(lambda key, block, v: block.multiply(state.average.value[key], v), vector)
 
     def eigenvalues(self, state: BlockDiagonalState, parameters: Parameters) -> Float[Array, " p"]:
-        layers = tagged_layers(parameters)
-        values = [layer.block.eigenvalues(state.average.value[path]) for path, layer in layers.items()]
+        found = parts(parameters)
+        values = [part.block.eigenvalues(state.average.value[key]) for key, part in found.items()]
         return jnp.concatenate([value.reshape(-1) for value in values])
 
     def to_dense(self, state: BlockDiagonalState, parameters: Parameters) -> Float[Array, "p p"]:
@@ -143,27 +148,25 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         leaves = jax.tree.leaves(parameters)
         size = sum(leaf.size for leaf in leaves)
         dense = jnp.zeros((size, size), jnp.result_type(*leaves))
-        for path, layer in tagged_layers(parameters).items():
-            shape = layer.shape()
-            blocks = layer.block.to_dense(state.average.value[path])
-            rows = positions[path].reshape(shape.num_layers, -1)
-            blocks = blocks.reshape(shape.num_layers, *blocks.shape[-2:])
+        for key, part in parts(parameters).items():
+            blocks = part.block.to_dense(state.average.value[key])
+            blocks = blocks.reshape(-1, *blocks.shape[-2:])
+            rows = positions[key].reshape(len(blocks), -1)
             for block, index in zip(blocks, rows, strict=True):
                 dense = dense.at[index[:, None], index[None, :]].set(block.astype(dense.dtype))
         return dense
 
     def _statistics(
-        self, linearization: Linearization, layers: Mapping[str, TaggedLayer], key: PRNGKey | None
+        self, linearization: Linearization, found: Mapping[str, Part], key: PRNGKey | None
     ) -> dict[str, Any]:
-        """The statistics of one batch, by path."""
+        """The statistics of one batch, by key."""
         losses, source = linearization.losses, self.source
-        num_examples = linearization.evaluation.num_examples
 
         def one(index):
             recorded = linearization.observe(source.cotangents(losses, index, key))
             moments = {
-                path: layer.block.second_moment(layer.shape(), recorded[path].cotangents)
-                for path, layer in layers.items()
+                key: part.block.second_moment(part.operation.shape(), recorded[key].cotangents)
+                for key, part in found.items()
             }
             return recorded, moments
 
@@ -176,28 +179,27 @@ class BlockDiagonalCurvature(CurvatureEstimator):
 
             moments, _ = jax.lax.scan(add, moments, jnp.arange(1, number))
 
-        statistics = {}
-        for path, layer in layers.items():
-            shape, weights = layer.shape(), linearization.weights
-            stacked = None if weights is None else jnp.broadcast_to(weights, (*shape.stack, num_examples))
-            statistics[path] = layer.block.statistics(
-                shape, recorded[path].inputs, moments[path], stacked, num_examples
+        weights, num_examples = linearization.weights, linearization.evaluation.num_examples
+        return {
+            key: part.block.statistics(
+                part.operation.shape(), recorded[key].inputs, moments[key], weights, num_examples
             )
-        return statistics
+            for key, part in found.items()
+        }
 
 
-def _read_statistics(layer: TaggedLayer, num_examples: int) -> Reading:
-    block, shape = layer.block, layer.shape()
+def _read_statistics(part: Part, num_examples: int) -> Reading:
+    block, shape = part.block, part.operation.shape()
 
-    def statistic(x, dy, weights):
-        return block.record(shape, layer.rows(x, dy), weights)
+    def statistic(operation, use):
+        return block.record(shape, operation, use)
 
     return Reading(block.slot(shape, num_examples), statistic, block.is_sum)
 
 
-def _by_layer(function: Callable, vector: Parameters) -> Parameters:
-    layers, matrices = tagged_layers(vector), to_matrices(vector)
-    return from_matrices(vector, {path: function(path, layer.block, matrices[path]) for path, layer in layers.items()})
+def _by_part(function: Callable, vector: Parameters) -> Parameters:
+    found, matrices = parts(vector), to_matrices(vector)
+    return from_matrices(vector, {key: function(key, part.block, matrices[key]) for key, part in found.items()})
 
 
 def _positions(parameters: Parameters) -> Parameters:

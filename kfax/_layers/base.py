@@ -1,57 +1,115 @@
 """The contract between a layer and the rest of the library, and finding layers in a model."""
 
 import abc
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from equinox import AbstractVar
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
 
-from .._blocks import Block, MatrixShape, Rows
-from .._fold import Slot
+from .._blocks import Block
+from .._fold import observe, Slot
+from .._operations import Operation
 from .._types import Model, Parameters
 
 
+Blocks: TypeAlias = Block | dict[str, Block]
+Slots: TypeAlias = dict[str, tuple[Slot, ...]] | None
+
+
 class TaggedLayer(eqx.Module):
-    """A layer together with the curvature block of its parameters.
+    """A layer together with the curvature blocks of its parameters.
 
     It is called as the layer itself is, and computes the same. In its call it passes what it observes through
-    [`kfax.observe`][]. Its other methods say how its parameters form one matrix V and what the rows of the two
-    factors are; they are called on the layer with everything but the parameters that are trained replaced by `None`,
-    so that a frozen parameter drops out of V by itself.
+    `observe`; `operations` says what that is. Attributes that it does not have are those of the layer.
 
     **Fields:**
 
     - `layer`: what is wrapped.
-    - `block`: how its curvature is approximated. Has no arrays, so that a tagged model has the array leaves of the
-        original.
-    - `slot`: `None`, except while an estimator observes the layer.
+    - `block`: how its curvature is approximated: one block for all operations, or one for each by name. Has no
+        arrays, so that a tagged model has the array leaves of the original.
+    - `slots`: `None`, except while an estimator observes the layer.
     """
 
     layer: AbstractVar[Any]
-    block: AbstractVar[Block]
-    slot: AbstractVar[Slot | None]
+    block: AbstractVar[Blocks]
+    slots: AbstractVar[Slots]
 
     @abc.abstractmethod
-    def shape(self) -> MatrixShape:
-        """The shape of V."""
+    def operations(self) -> dict[str, Operation]:
+        """What the layer does with its parameters, each trained array in one operation; `{"": ...}` if it is one.
 
-    @abc.abstractmethod
-    def rows(self, x: Array, dy: Array) -> Rows:
-        """The rows of the factors, from observed inputs `(n, p, *x.shape)` and output cotangents `(n, p, *y.shape)`.
-
-        Arrays of `self.layer` may be shapes without values here.
+        Arrays of the layer are to be passed on as they are, without computing on them: they may be `None`, for a
+        parameter that is frozen or absent, and shapes or numbers in place of arrays.
         """
 
-    @abc.abstractmethod
-    def to_matrix(self) -> Shaped[Array, "*stack d_g d_a"]:
-        """V, from the parameters (or whatever stands in their places, such as their gradient)."""
+    def observe(self, y: PyTree[Array], x: PyTree[Array], name: str = "", *, context: PyTree = None) -> PyTree[Array]:
+        """Returns `y`, and lets an estimator see it as the output of an operation, and `x` as its input.
 
-    @abc.abstractmethod
-    def from_matrix(self, matrix: Float[Array, "*stack d_g d_a"]) -> "TaggedLayer":
-        """The layer with its parameters replaced by those in a matrix like V."""
+        **Arguments:**
+
+        - `y`: what the operation returned: an array of one call, without batch axes: those come from `jax.vmap`. Go on
+            with what is returned in its place.
+        - `x`: what the operation was applied to.
+        - `name`: of the operation.
+        - `context`: arrays that belong to the layer, if the operation's gradient depends on them.
+        """
+        for slot in () if self.slots is None else self.slots.get(name, ()):
+            y = observe(y, x, slot, context)
+        return y
+
+    def block_of(self, name: str) -> Block:
+        """The block of an operation."""
+        return self.block[name] if isinstance(self.block, dict) else self.block
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "layer":
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        return getattr(self.layer, name)
+
+    def __check_init__(self):
+        names = set(self.operations())
+        blocks = self.block if isinstance(self.block, dict) else dict.fromkeys(names, self.block)
+        if not all(isinstance(block, Block) for block in blocks.values()):
+            raise ValueError(f"`block` must be a block, such as `kfax.KroneckerFactored()`, got {self.block!r}.")
+        if set(blocks) != names:
+            raise ValueError(
+                f"`block` of {type(self).__name__} must be one block, or a dictionary with a block for each of "
+                f"{sorted(names)}, got one for each of {sorted(blocks)}."
+            )
+
+
+def check_wraps(tagged: TaggedLayer, *types: type) -> None:
+    if not isinstance(tagged.layer, types):
+        names = " or ".join(f"`equinox.nn.{t.__name__}`" for t in types)
+        raise ValueError(f"`{type(tagged).__name__}` wraps an {names}, got {type(tagged.layer).__name__}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """An operation of a tagged layer of a model.
+
+    **Fields:**
+
+    - `path`: of the layer in the model.
+    - `name`: of the operation in the layer.
+    - `operation`: with the arrays that are trained.
+    - `block`: its curvature block.
+    """
+
+    path: str
+    name: str
+    operation: Operation
+    block: Block
+
+    @property
+    def key(self) -> str:
+        """Path and name in one."""
+        return f"{self.path}/{self.name}" if self.name else self.path
 
 
 def is_tagged(node: Any) -> bool:
@@ -59,12 +117,21 @@ def is_tagged(node: Any) -> bool:
 
 
 def tagged_layers(tree: Model) -> dict[str, TaggedLayer]:
-    """The tagged layers of a model (or of a tree like it) by path, in the order of its leaves.
-
-    A layer without any parameter in `tree`, because all are frozen, is left out.
-    """
+    """The tagged layers of a model (or of a tree like it) by path, in the order of its leaves."""
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_tagged)
-    return {jax.tree_util.keystr(path): node for path, node in nodes if is_tagged(node) and jax.tree.leaves(node.layer)}
+    return {jax.tree_util.keystr(path): node for path, node in nodes if is_tagged(node)}
+
+
+def layer_parts(path: str, layer: TaggedLayer) -> list[Part]:
+    """The operations of one layer; without those whose parameters are all frozen."""
+    operations = layer.operations().items()
+    return [Part(path, name, op, layer.block_of(name)) for name, op in operations if jax.tree.leaves(op)]
+
+
+def parts(tree: Model) -> dict[str, Part]:
+    """The operations of all tagged layers of a parameter tree by key, in the order of its leaves."""
+    found = [part for path, layer in tagged_layers(tree).items() for part in layer_parts(path, layer)]
+    return {part.key: part for part in found}
 
 
 def replace_layers(tree: Model, layers: Mapping[str, TaggedLayer]) -> Model:
@@ -74,22 +141,72 @@ def replace_layers(tree: Model, layers: Mapping[str, TaggedLayer]) -> Model:
     )
 
 
-def fill_slots(model: Model, slots: Mapping[str, Slot]) -> Model:
-    """The model with slots filled for the layers at the given paths."""
+def fill_slots(model: Model, slots: Mapping[tuple[str, str], tuple[Slot, ...]]) -> Model:
+    """The model with slots filled for operations, given by path and name."""
     layers = tagged_layers(model)
+    by_path: dict[str, dict[str, tuple[Slot, ...]]] = {}
+    for (path, name), filled in slots.items():
+        by_path.setdefault(path, {})[name] = filled
 
-    def fill(layer, slot):
-        return eqx.tree_at(lambda tagged: tagged.slot, layer, slot, is_leaf=lambda x: x is None)
+    def fill(layer, filled):
+        return eqx.tree_at(lambda tagged: tagged.slots, layer, filled, is_leaf=lambda x: x is None)
 
-    return replace_layers(model, {path: fill(layers[path], slot) for path, slot in slots.items()})
+    return replace_layers(model, {path: fill(layers[path], filled) for path, filled in by_path.items()})
+
+
+def masked(module: Model, mask: ArrayLike) -> Model:
+    """The module (a tagged layer, or one that contains some), of which only calls with a true mask are to count.
+
+    For positions that are mere padding: `jax.vmap(lambda x, present: kfax.masked(self.mlp, present)(x))(xs, mask)`.
+    The module computes what it did, but inputs and output cotangents of its layers at masked positions enter no
+    statistic. What is computed there must have no effect on the loss, or [`kfax.check`][] will object.
+
+    **Arguments:**
+
+    - `module`: tagged or not. Without tagged layers in it, or outside an estimator, it is returned as it is.
+    - `mask`: one boolean, true where the call counts.
+
+    **Returns:** the module, for one call.
+    """
+
+    def mark(node):
+        if not is_tagged(node) or node.slots is None:
+            return node
+        present = jnp.asarray(mask)
+        if present.dtype != jnp.bool_ or present.ndim != 0:
+            raise ValueError(
+                f"`kfax.masked` takes one boolean, got {present.dtype} of shape {present.shape}. For several positions "
+                "map over them: `jax.vmap(lambda x, m: kfax.masked(layer, m)(x))(xs, mask)`."
+            )
+        slots = {
+            name: tuple(dataclasses.replace(slot, present=_both(slot.present, present)) for slot in filled)
+            for name, filled in node.slots.items()
+        }
+        return eqx.tree_at(lambda tagged: tagged.slots, node, slots)
+
+    return jax.tree.map(mark, module, is_leaf=is_tagged)
 
 
 def to_matrices(tree: Parameters) -> dict[str, Shaped[Array, "..."]]:
-    """The matrix V of each layer of a parameter tree."""
-    return {path: layer.to_matrix() for path, layer in tagged_layers(tree).items()}
+    """The matrix V of each operation of a parameter tree."""
+    return {key: part.operation.to_matrix() for key, part in parts(tree).items()}
 
 
 def from_matrices(tree: Parameters, matrices: Mapping[str, Float[Array, "..."]]) -> Parameters:
     """The parameter tree with those matrices in it."""
-    layers = tagged_layers(tree)
-    return replace_layers(tree, {path: layers[path].from_matrix(matrix) for path, matrix in matrices.items()})
+    new = {}
+    for path, layer in tagged_layers(tree).items():
+        leaves, structure = jax.tree.flatten(layer)
+        # An operation's leaves are leaves of the layer: which ones shows in a layer of numbers.
+        numbers = jax.tree.unflatten(structure, range(len(leaves)))
+        numbered = {part.key: part.operation for part in layer_parts(path, numbers)}
+        for part in layer_parts(path, layer):
+            changed = part.operation.from_matrix(matrices[part.key])
+            for number, leaf in zip(jax.tree.leaves(numbered[part.key]), jax.tree.leaves(changed), strict=True):
+                leaves[number] = leaf
+        new[path] = jax.tree.unflatten(structure, leaves)
+    return replace_layers(tree, new)
+
+
+def _both(first: Array | None, second: Array) -> Array:
+    return second if first is None else first & second

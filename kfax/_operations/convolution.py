@@ -1,0 +1,169 @@
+"""Convolution: multiplication of every patch of an image by one matrix."""
+
+import itertools
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from .base import FactoredOperation, MatrixShape, moment_of_rows, sums_of_rows
+
+
+class Windows(eqx.Module):
+    """Which patches of an image a convolution sees, for any number of spatial dimensions.
+
+    **Fields:**
+
+    - `kernel`: the number of taps along each dimension.
+    - `stride`: from one patch to the next.
+    - `dilation`: from one tap to the next.
+    - `spread`: from one pixel to the next when the image is spread out with zeros in between, as by a transposed
+        convolution.
+    - `padding`: `(before, after)` for each dimension, after spreading; may be negative.
+    - `pad_mode`: of `jax.numpy.pad`.
+    - `wrap`: `(before, after)` for each dimension, of circular padding before spreading.
+    """
+
+    kernel: tuple[int, ...] = eqx.field(static=True)
+    stride: tuple[int, ...] = eqx.field(static=True)
+    dilation: tuple[int, ...] = eqx.field(static=True)
+    padding: tuple[tuple[int, int], ...] | str = eqx.field(static=True)
+    pad_mode: str = eqx.field(static=True, default="constant")
+    spread: tuple[int, ...] | None = eqx.field(static=True, default=None)
+    wrap: tuple[tuple[int, int], ...] | None = eqx.field(static=True, default=None)
+
+    def pad(self, images: Array) -> Array:
+        """`(..., *spatial)` with everything that any patch contains."""
+        lead = images.ndim - len(self.kernel)
+        none = [(0, 0)] * lead
+        if self.wrap is not None:
+            images = jnp.pad(images, [*none, *self.wrap], mode="wrap")
+        padding = self.padding
+        if isinstance(padding, str):
+            extent = tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
+            padding = jax.lax.padtype_to_pads(images.shape[lead:], extent, self.stride, padding)
+        if self.pad_mode != "constant":
+            return jnp.pad(images, [*none, *padding], mode=self.pad_mode)
+        interior = [0] * len(self.kernel) if self.spread is None else [s - 1 for s in self.spread]
+        config = [(0, 0, 0)] * lead + [(lo, hi, inner) for (lo, hi), inner in zip(padding, interior, strict=True)]
+        return jax.lax.pad(images, jnp.zeros((), images.dtype), config)
+
+    def num_patches(self, padded: tuple[int, ...]) -> tuple[int, ...]:
+        """How many patches there are along each dimension of a padded image."""
+        sizes = zip(padded, self.kernel, self.dilation, self.stride, strict=True)
+        return tuple(max((size - d * (k - 1) - 1) // s + 1, 0) for size, k, d, s in sizes)
+
+    def patches(self, images: Array) -> Float[Array, "... taps channels patches"]:
+        """All patches of images `(..., channels, *spatial)`, by tap in row-major order."""
+        num_dims = len(self.kernel)
+        padded = self.pad(images)
+        lead = padded.ndim - num_dims
+        counts = self.num_patches(padded.shape[lead:])
+        taps = []
+        for tap in itertools.product(*(range(k) for k in self.kernel)):
+            start = [t * d for t, d in zip(tap, self.dilation, strict=True)]
+            stop = [b + s * (c - 1) + 1 for b, s, c in zip(start, self.stride, counts, strict=True)]
+            shown = jax.lax.slice(
+                padded, [0] * lead + start, [*padded.shape[:lead], *stop], [1] * lead + list(self.stride)
+            )
+            taps.append(shown.reshape(*shown.shape[:lead], -1))
+        return jnp.stack(taps, axis=-3)
+
+
+class Convolution(FactoredOperation):
+    """`y = W * x + b` for an image x, `(channels, *spatial)`, with any stride, padding, dilation and groups.
+
+    Each group is a matrix `V = [W b]`, of shape `(outputs / groups, channels / groups x taps + 1)`, that is applied to
+    every patch.
+
+    **Fields:**
+
+    - `weight`: W, `(*stack, outputs, channels / groups, *kernel)`, or `None` if it is frozen.
+    - `bias`: b, `(*stack, outputs, 1, ...)`, or `None` if there is none or it is frozen.
+    - `windows`: the patches.
+    - `num_groups`: how many.
+    """
+
+    weight: Any
+    bias: Any
+    windows: Windows = eqx.field(static=True)
+    num_groups: int = eqx.field(static=True, default=1)
+
+    def shape(self) -> MatrixShape:
+        num_dims = len(self.windows.kernel)
+        if self.weight is not None:
+            *stack, outputs, channels = self.weight.shape[: self.weight.ndim - num_dims]
+            inputs, dtype = channels * math.prod(self.windows.kernel), self.weight.dtype
+        else:
+            *stack, outputs = self.bias.shape[: self.bias.ndim - num_dims]
+            inputs, dtype = 0, self.bias.dtype
+        outputs = outputs // self.num_groups
+        return MatrixShape(tuple(stack), outputs, inputs, self.bias is not None, dtype, groups=self._groups)
+
+    def to_matrix(self) -> Shaped[Array, "*leading d_g d_a"]:
+        shape = self.shape()
+        columns = []
+        if self.weight is not None:
+            columns.append(self.weight.reshape(*shape.leading, shape.d_g, shape.num_inputs))
+        if self.bias is not None:
+            columns.append(self.bias.reshape(*shape.leading, shape.d_g, 1))
+        return jnp.concatenate(columns, axis=-1)
+
+    def from_matrix(self, matrix: Float[Array, "*leading d_g d_a"]) -> "Convolution":
+        num_inputs = self.shape().num_inputs
+        weight = None if self.weight is None else matrix[..., :num_inputs].reshape(self.weight.shape)
+        bias = None if self.bias is None else matrix[..., -1].reshape(self.bias.shape)
+        return Convolution(weight, bias, self.windows, self.num_groups)
+
+    def gradient(self, x: Array, dy: Array, context: Any) -> Float[Array, "*groups d_g d_a"]:
+        g = self.cotangents(dy[None])[..., 0, :, :]
+        columns = []
+        if self.weight is not None:
+            a = self._rows(x[None])[..., 0, :, :]
+            columns.append(jnp.swapaxes(g, -1, -2) @ a)
+        if self.bias is not None:
+            columns.append(jnp.sum(g, axis=-2)[..., None])
+        return jnp.concatenate(columns, axis=-1)
+
+    def num_positions(self, x: Array) -> int:
+        num_dims = len(self.windows.kernel)
+        padded = jax.eval_shape(self.windows.pad, x).shape
+        return math.prod(self.windows.num_patches(padded[len(padded) - num_dims :]))
+
+    def input_moment(self, x: Array, weights: Float[Array, "n p"] | None, dtype: Any, *, diagonal: bool) -> Array:
+        return moment_of_rows(self._rows(x), self._by_patch(weights, x), dtype, diagonal=diagonal)
+
+    def input_sums(
+        self, x: Array, weights: Float[Array, "n p"] | None, dtype: Any
+    ) -> Float[Array, "*groups n num_inputs"]:
+        return sums_of_rows(self._rows(x), self._by_patch(weights, x), dtype)
+
+    def cotangents(self, dy: Array) -> Float[Array, "*groups n r d_g"]:
+        n, p, outputs = dy.shape[:3]
+        g = dy.reshape(n, p, *self._groups, outputs // self.num_groups, -1)
+        if self._groups:
+            g = jnp.moveaxis(g, 2, 0)
+        return jnp.moveaxis(g, -1, -2).reshape(*self._groups, n, -1, outputs // self.num_groups)
+
+    @property
+    def _groups(self) -> tuple[int, ...]:
+        return (self.num_groups,) if self.num_groups > 1 else ()
+
+    def _rows(self, x: Array) -> Float[Array, "*groups n r num_inputs"]:
+        """All patches, with channels before taps as in the weight."""
+        n, p, channels = x.shape[:3]
+        if self.weight is None:
+            return jnp.zeros((*self._groups, n, p * self.num_positions(x), 0), x.dtype)
+        patches = self.windows.patches(x)  # (n, p, taps, channels, patches)
+        patches = patches.reshape(n, p, patches.shape[2], *self._groups, channels // self.num_groups, -1)
+        if self._groups:
+            patches = jnp.moveaxis(patches, 3, 0)
+        # (*groups, n, p, taps, channels, patches) -> (*groups, n, p, patches, channels, taps)
+        patches = jnp.swapaxes(patches, -1, -3)
+        return patches.reshape(*self._groups, n, -1, patches.shape[-1] * patches.shape[-2])
+
+    def _by_patch(self, weights: Float[Array, "n p"] | None, x: Array) -> Float[Array, "n r"] | None:
+        return None if weights is None else jnp.repeat(weights, self.num_positions(x), axis=1)

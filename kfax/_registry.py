@@ -26,6 +26,7 @@ from ._layers import (
     TaggedLSTMCell,
     TaggedNorm,
     TaggedPReLU,
+    unlisted,
 )
 from ._operations import Transposed
 from ._types import Model, Parameters, Where
@@ -212,6 +213,13 @@ def split_parameters(model: Model, frozen: Where | None) -> tuple[Parameters, Mo
     if missing:
         raise ValueError(_untagged_message(model, missing))
     parameters, rest = eqx.partition(model, spec)
+    for path, layer in tagged_layers(parameters).items():
+        if unlisted(layer):
+            raise ValueError(
+                f"`operations` of {type(layer).__name__}, at `{path}`, must list every array in exactly one operation, "
+                f"as it is, but {', '.join(f'`{name}`' for name in unlisted(layer))} is in none of them or in several. "
+                "What is not to be trained can be frozen with `frozen=`."
+            )
     if not parts(parameters):
         raise ValueError(
             "The model has no parameter to train. Parameters are floating-point arrays in tagged layers, less what "
@@ -231,7 +239,13 @@ def trainable(model: Model, frozen: Where | None) -> PyTree[bool]:
                 "`frozen` must return nodes of the model, as in `frozen=lambda model: [model.embedding, "
                 "model.layers[0].bias]`, but it returned arrays that are not among the model's leaves, or none at all."
             )
-    return jax.tree.map(lambda leaf: eqx.is_inexact_array(leaf) and id(leaf) not in excluded, model)
+
+    def is_trained(node):
+        if isinstance(node, eqx.nn.StateIndex):  # the initial value of a state is no parameter
+            return jax.tree.map(lambda _: False, node)
+        return eqx.is_inexact_array(node) and id(node) not in excluded
+
+    return jax.tree.map(is_trained, model, is_leaf=lambda node: isinstance(node, eqx.nn.StateIndex))
 
 
 def untagged(model: Model, spec: PyTree[bool]) -> list[str]:

@@ -12,6 +12,7 @@ from .base import (
     tagged_layers as tagged_layers,
     TaggedLayer as TaggedLayer,
     to_matrices as to_matrices,
+    unlisted as unlisted,
 )
 from .convolution import TaggedConv as TaggedConv, TaggedConvTranspose as TaggedConvTranspose
 from .embedding import TaggedEmbedding as TaggedEmbedding

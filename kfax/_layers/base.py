@@ -134,6 +134,15 @@ def parts(tree: Model) -> dict[str, Part]:
     return {part.key: part for part in found}
 
 
+def unlisted(layer: TaggedLayer) -> list[str]:
+    """The paths of arrays of a layer that are not in exactly one of its operations."""
+    leaves = jax.tree_util.tree_leaves_with_path(layer)
+    _, structure = jax.tree.flatten(layer)
+    numbers = jax.tree.unflatten(structure, range(len(leaves)))
+    listed = [number for part in layer_parts("", numbers) for number in jax.tree.leaves(part.operation)]
+    return [jax.tree_util.keystr(path) for i, (path, _) in enumerate(leaves) if listed.count(i) != 1]
+
+
 def replace_layers(tree: Model, layers: Mapping[str, TaggedLayer]) -> Model:
     """The tree with new tagged layers at the given paths."""
     return jax.tree_util.tree_map_with_path(

@@ -3,6 +3,7 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
@@ -117,9 +118,10 @@ class TaggedPReLU(TaggedLayer):
 
 def _observed_norm(tagged: TaggedLayer, x: Array, *args: Any, **options: Any) -> Any:
     """Calls a normalization, and observes its scale and shift of what it is without them."""
-    out = tagged.layer(x, *args, **options)
     if tagged.slots is None:
-        return out
+        return tagged.layer(x, *args, **options)
+    # A state can be used once; a copy of the tree is another one.
+    out = tagged.layer(x, *jax.tree.map(lambda leaf: leaf, args), **options)
     plain = tagged.layer
     if plain.weight is not None:
         plain = eqx.tree_at(lambda norm: norm.weight, plain, jnp.ones_like(plain.weight))

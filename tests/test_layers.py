@@ -1,0 +1,127 @@
+"""Every layer of `equinox.nn`: it has a block, is left as it is, and its block is what it should be."""
+
+import inspect
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import grid
+from helpers import assert_close, parameters
+from layers import CONTAINERS, LAYERS, REPARAMETRIZATIONS, WITHOUT_PARAMETERS
+from reference import ggn
+
+import kfax
+from kfax._layers import from_matrices, to_matrices
+
+
+GRADIENT_BLOCKS = {"diagonal": kfax.Diagonal(), "unit-wise": kfax.UnitWise(), "full": kfax.Full()}
+
+
+def modules():
+    found = [item for item in vars(eqx.nn).values() if inspect.isclass(item) and issubclass(item, eqx.Module)]
+    return set(found) - {eqx.nn.StatefulLayer, eqx.nn.State, eqx.nn.StateIndex}
+
+
+# -- must show 1: nothing in `equinox.nn` is without a block --
+
+
+def test_every_layer_of_equinox_is_known():
+    """A new layer in Equinox makes this fail, whether it has parameters or not."""
+    covered = {row.module for row in LAYERS.values()} | CONTAINERS | set(REPARAMETRIZATIONS)
+    assert modules() == covered | WITHOUT_PARAMETERS
+
+
+@grid(name=LAYERS)
+def test_every_layer_has_a_block(name):
+    case = LAYERS[name].build()
+    assert isinstance(case.model.layer, LAYERS[name].tagged)
+    assert kfax.coverage(case.model).missing == ()
+    blocks = {row.block for row in kfax.coverage(case.model).rows if row.path.startswith(".layer")}
+    normalizes = LAYERS[name].tagged in (kfax.TaggedNorm, kfax.TaggedBatchNorm, kfax.TaggedPReLU)
+    assert blocks == {"UnitWise()" if normalizes else "KroneckerFactored(Expand())"}
+
+
+@grid(name=LAYERS)
+def test_a_tagged_layer_computes_the_same(name):
+    case = LAYERS[name].build()
+    expected, found = (eqx.filter_jit(case.outputs)(model, case.x) for model in (case.plain, case.model))
+    assert jnp.array_equal(found, expected)
+    assert eqx.tree_equal(kfax.untag(case.model), case.plain)
+
+
+@grid(name=LAYERS)
+def test_the_check_finds_nothing(name):
+    """The gradient that follows from what was observed is the true one."""
+    case = LAYERS[name].build()
+    kfax.check(case.loss_fn, case.model, case.batch)
+
+
+@grid(name=LAYERS)
+def test_matrices_and_back(name):
+    tree = parameters(LAYERS[name].build().model)
+    doubled = {key: 2 * matrix for key, matrix in to_matrices(tree).items()}
+    assert_close(from_matrices(tree, doubled), jax.tree.map(lambda x: 2 * x, tree))
+    assert sum(matrix.size for matrix in doubled.values()) == sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("cls", REPARAMETRIZATIONS, ids=lambda cls: cls.__name__)
+def test_reparametrizations_are_left_to_an_explicit_choice(cls, key):
+    model = {"first": REPARAMETRIZATIONS[cls](key), "last": eqx.nn.Linear(4, 2, key=key)}
+    with pytest.raises(ValueError, match=r"(?s)no curvature block: `\['first'\].*kfax.TaggedModule\(module, "):
+        kfax.tag(model)
+    chosen = kfax.tag(model | {"first": kfax.TaggedModule(model["first"], block=kfax.Diagonal())})
+    assert kfax.coverage(chosen).missing == ()
+    frozen = kfax.tag(model, frozen=lambda m: m["first"])
+    assert type(frozen["first"]) is cls
+
+
+# -- and the block is what it should be --
+
+
+def update(case, example_axis, source=None):
+    estimator = kfax.BlockDiagonalCurvature(source or kfax.ExactGGN(), example_axis=example_axis)
+
+    @eqx.filter_jit
+    def run(model, batch):
+        return estimator.update(estimator.init(model), case.loss_fn, model, batch)
+
+    return estimator, run(case.model, case.batch)
+
+
+def exact_block(case):
+    """The generalized Gauss-Newton matrix in the parameters of the layer, from jacobians."""
+    params, static = eqx.partition(case.plain.layer, eqx.is_inexact_array)
+
+    def outputs(params):
+        model = eqx.tree_at(lambda m: m.layer, case.plain, eqx.combine(params, static))
+        return case.outputs(model, case.x)
+
+    return ggn(outputs, params, case.one, case.y)
+
+
+def same_operation(case):
+    """Which pairs of the layer's parameters belong to one operation, and which of those to one unit (row of V)."""
+    tree = parameters(case.model.layer)
+    matrices = to_matrices(tree)
+    stamped = {}
+    for i, (key, matrix) in enumerate(matrices.items()):
+        units = jnp.arange(matrix.size // matrix.shape[-1]).reshape(*matrix.shape[:-1], 1)
+        stamped[key] = jnp.broadcast_to(1000.0 * (i + 1) + units, matrix.shape)
+    stamps = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(from_matrices(tree, stamped))])
+    operations = stamps // 1000
+    return operations[:, None] == operations[None, :], stamps[:, None] == stamps[None, :]
+
+
+@grid(name=LAYERS, block=GRADIENT_BLOCKS, axis=[None, "batch"])
+def test_gradient_blocks_are_exact_in_what_they_keep(name, block, axis):
+    """Exact case 9, for any network and any number of positions or uses."""
+    if axis is None and block != "full":
+        return  # what differs between the two axes does not depend on the block
+    case = LAYERS[name].build(GRADIENT_BLOCKS[block])
+    estimator, state = update(case, axis)
+    size = sum(leaf.size for leaf in jax.tree.leaves(parameters(case.plain.layer)))
+    found = estimator.to_dense(state, parameters(case.model))[:size, :size]
+    operation, unit = same_operation(case)
+    kept = {"full": operation, "unit-wise": unit, "diagonal": jnp.eye(size, dtype=bool)}[block]
+    assert_close(found, jnp.where(kept, exact_block(case), 0))

@@ -28,7 +28,7 @@ as one of per-example gradients, does, and so do example weights:
   *marker*, which is mapped over that axis and no other, so that the rule recognizes it; `y` is made to depend on the
   marker, so that the backward pass sees the axis even where `x` does not depend on the example. Then a slot that is
   mapped over this axis as well, which is what a `lax.cond` whose predicate differs between examples makes of it, can
-  be told from one that belongs to stacked layers: the axis enumerates rows all the same.
+  be told from one that belongs to stacked layers: the axis enumerates rows all the same, one example at a time.
 - *Unnamed*: the outermost row axis, the last one that the rule is asked about. Its size must be the number of
   examples.
 
@@ -154,7 +154,7 @@ class Slot(eqx.Module):
     present: Bool[Array, ""] | None = None
 
 
-def observe(y: _Y, x: PyTree[Array], slot: Slot | None, context: PyTree = None) -> _Y:
+def observe(y: _Y, x: PyTree, slot: Slot | None, context: PyTree = None) -> _Y:
     """Returns `y`, and lets `slot` see the input `x` and, in the backward pass, the cotangent of `y`.
 
     To be called by a tagged layer for each output `y` that is computed from `x` by its parameters: arrays, or PyTrees
@@ -232,7 +232,7 @@ def _row_statistic(slot: Slot, x_ndims: PyTree[int], y_ndims: PyTree[int]) -> Ca
     return statistic
 
 
-def _make_fold(statistic: Callable, num_stacks: int, named: bool, seen: bool = False) -> Callable:
+def _make_fold(statistic: Callable, num_stacks: int, named: bool, seen: bool = False, num_rows: int = 0) -> Callable:
     """Builds `fold(value, weights, marker, present, context, x, dy)`.
 
     The operands have the axes `(*stacks, *rows, *one call)`, those of a layer itself without rows. `seen` says that
@@ -265,7 +265,7 @@ def _make_fold(statistic: Callable, num_stacks: int, named: bool, seen: bool = F
             def stacked(seen, *operands):
                 return jax.vmap(functools.partial(statistic, seen))(*operands)
 
-            fold = _make_fold(stacked, num_stacks + 1, named, seen)
+            fold = _make_fold(stacked, num_stacks + 1, named, seen, num_rows)
             out = fold(value, weights, marker, present, context, x, dy)
             return out, jax.tree.map(lambda _: True, out)
 
@@ -274,11 +274,21 @@ def _make_fold(statistic: Callable, num_stacks: int, named: bool, seen: bool = F
             value, weights, context = jax.tree.map(one, of_layer, layer_mapped)
         position = num_stacks + (1 if seen else 0)
         present, x, dy = jax.tree.map(lambda array: jnp.moveaxis(array, 0, position), (present, x, dy))
-        fold = _make_fold(statistic, num_stacks, named, seen or is_examples)
-        out = fold(value, weights, None if is_examples else marker, present, context, x, dy)
-        if is_stacked:
-            # JAX will add up the shares of all elements.
-            out = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf / size, (size, *leaf.shape)), out)
-        return out, jax.tree.map(lambda _: is_stacked, out)
+        fold = _make_fold(statistic, num_stacks, named, seen or is_examples, num_rows + 1)
+        marker = None if is_examples else marker
+        if not is_stacked:
+            out = fold(value, weights, marker, present, context, x, dy)
+            return out, jax.tree.map(lambda _: False, out)
+
+        # A `cond` took the slot along. JAX will add up what is due to each example for which this branch was taken.
+        rows = jax.tree.leaves(dy)[0].shape[: num_stacks + num_rows + 1]
+        example = jax.lax.broadcasted_iota(int, rows, num_stacks)
+
+        def due_to(index):
+            only = example == index
+            return fold(value, weights, marker, only if present is None else only & present, context, x, dy)
+
+        out = jax.lax.map(due_to, jnp.arange(size))
+        return out, jax.tree.map(lambda _: True, out)
 
     return fold

@@ -84,3 +84,32 @@ def explicit_rows(function, layer, x, cotangent):
     _, pullback, used = jax.vjp(run, zeros, has_aux=True)
     (cotangents,) = pullback(cotangent)
     return jnp.stack(used), jnp.stack(cotangents)
+
+
+def recorded(run, x, columns):
+    """Runs `run(call, x)` for one example, where each `call(name, function, z)` is one use of an operation.
+
+    Returns for each name the inputs `(uses, ...)` and, for each of the cotangents `columns` of the result, the
+    cotangents of the operation's outputs `(columns, uses, ...)`.
+    """
+    inputs, zeros = {}, {}
+
+    def collect(name, function, z):
+        out = function(z)
+        zeros.setdefault(name, []).append(jnp.zeros_like(out))
+        return out
+
+    run(collect, x)
+
+    def shifted(offsets):
+        inputs.clear()
+
+        def call(name, function, z):
+            inputs.setdefault(name, []).append(z)
+            return function(z) + offsets[name][len(inputs[name]) - 1]
+
+        return run(call, x), {name: jnp.stack(values) for name, values in inputs.items()}
+
+    _, pullback, used = jax.vjp(shifted, {name: tuple(values) for name, values in zeros.items()}, has_aux=True)
+    (cotangents,) = jax.vmap(pullback)(columns)
+    return {name: (used[name], jnp.stack(cotangents[name], axis=1)) for name in used}

@@ -8,7 +8,12 @@ import pytest
 
 
 EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
-VARIANTS = {"digits_classifier": [[]], "autoencoder": [[], ["--batch-size", "64"], ["--data", "curves"]]}
+VARIANTS = {
+    "digits_classifier": [[]],
+    "autoencoder": [[], ["--batch-size", "64"], ["--data", "curves"]],
+    "transformer": [[]],
+    "convnet": [[]],
+}
 RUNS = [(path, options) for path in EXAMPLES for options in VARIANTS[path.stem]]
 
 

@@ -15,6 +15,7 @@ import kfax
 from kfax._layers import from_matrices, to_matrices
 
 
+SOME_LAYERS = ("linear-positions", "conv1d", "layer-norm-positions", "group-norm", "prelu-features", "embedding")
 GRADIENT_BLOCKS = {"diagonal": kfax.Diagonal(), "unit-wise": kfax.UnitWise(), "full": kfax.Full()}
 
 
@@ -113,11 +114,16 @@ def same_operation(case):
     return operations[:, None] == operations[None, :], stamps[:, None] == stamps[None, :]
 
 
-@grid(name=LAYERS, block=GRADIENT_BLOCKS, axis=[None, "batch"])
+@pytest.mark.parametrize(
+    ("name", "block", "axis"),
+    [
+        *((name, "full", "batch") for name in LAYERS),
+        *((name, block, "batch") for name in SOME_LAYERS for block in ("diagonal", "unit-wise")),
+        *((name, "full", None) for name in SOME_LAYERS),
+    ],
+)
 def test_gradient_blocks_are_exact_in_what_they_keep(name, block, axis):
     """Exact case 9, for any network and any number of positions or uses."""
-    if axis is None and block != "full":
-        return  # what differs between the two axes does not depend on the block
     case = LAYERS[name].build(GRADIENT_BLOCKS[block])
     estimator, state = update(case, axis)
     size = sum(leaf.size for leaf in jax.tree.leaves(parameters(case.plain.layer)))

@@ -47,7 +47,7 @@ class TaggedLayer(eqx.Module):
         parameter that is frozen or absent, and shapes or numbers in place of arrays.
         """
 
-    def observe(self, y: PyTree[Array], x: PyTree[Array], name: str = "", *, context: PyTree = None) -> PyTree[Array]:
+    def observe(self, y: PyTree, x: PyTree, name: str = "", *, context: PyTree = None) -> PyTree:
         """Returns `y`, and lets an estimator see it as the output of an operation, and `x` as its input.
 
         **Arguments:**

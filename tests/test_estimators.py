@@ -543,3 +543,65 @@ def test_gram_of_the_exact_ggn(model):
     flat = jnp.stack([ravel_pytree(v)[0] for v in vectors])
     matrix = ggn(case.outputs, p, case.one, case.y)
     assert_close(gram, flat @ matrix @ flat.T)
+
+
+# -- exact cases 3, 4 and 5: weight sharing in deep linear networks with squared error --
+
+
+class LinearPositions(eqx.Module):
+    """A deep linear network at each position; `pool` puts positions together after the layer before the head."""
+
+    layers: list
+    head: eqx.nn.Linear
+    pool: Callable | None
+
+    def __init__(self, key, pool, use_bias):
+        keys = jax.random.split(key, 3)
+        self.layers = [eqx.nn.Linear(4, 3, use_bias=use_bias, key=keys[0]), eqx.nn.Linear(3, 3, key=keys[1])]
+        self.head = eqx.nn.Linear(3, 2, use_bias=use_bias, key=keys[2])
+        self.pool = pool
+
+    def __call__(self, x):
+        xs = x.reshape(2, 4)
+        for layer in self.layers:
+            xs = jax.vmap(layer)(xs)
+        return jax.vmap(self.head)(xs) if self.pool is None else self.head(self.pool(xs, axis=0))
+
+
+def _is_exact(network, sharing):
+    case = make_case(network, "squared", num_examples=5, sharing=sharing)
+    found, exact = dense(case), exact_blocks(case)
+    return float(jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact))
+
+
+@grid(use_bias=[True, False])
+def test_expand_is_exact_where_positions_have_losses_of_their_own(use_bias):
+    network = LinearPositions(jax.random.key(0), None, use_bias)
+    assert _is_exact(network, kfax.Expand()) < 1e-10
+    assert _is_exact(network, kfax.Reduce()) > 0.01
+
+
+@grid(pool=["sum", "mean"], use_bias=[True, False])
+def test_reduce_is_exact_where_positions_are_pooled(pool, use_bias):
+    network = LinearPositions(jax.random.key(0), getattr(jnp, pool), use_bias)
+    assert _is_exact(network, kfax.Reduce()) < 1e-10
+    assert _is_exact(network, kfax.Expand()) > 0.01
+
+
+class Convolutional(eqx.Module):
+    conv: eqx.nn.Conv1d
+    pooled: bool
+
+    def __call__(self, x):
+        y = self.conv(x.reshape(2, 4))
+        return jnp.mean(y, axis=1) if self.pooled else y.T
+
+
+@grid(use_bias=[True, False], padding=[0, 1])
+def test_convolutions_are_exact_in_the_linear_case(use_bias, padding):
+    conv = eqx.nn.Conv1d(2, 3, 2, padding=padding, use_bias=use_bias, key=jax.random.key(0))
+    for pooled, good, bad in [(False, kfax.Expand(), kfax.Reduce()), (True, kfax.Reduce(), kfax.Expand())]:
+        for sharing, exact in [(good, True), (bad, False)]:
+            network = kfax.TaggedConv(conv, block=kfax.KroneckerFactored(sharing))
+            error = _is_exact(Convolutional(network, pooled), sharing)
+            assert error < 1e-10 if exact else error > 0.01

@@ -90,9 +90,9 @@ def after(array: Array, previous: PyTree[Array]) -> Array:
     XLA would run two factorizations at the same time on the CPU, where each occupies a thread of a pool and waits for
     tasks that it hands to the same pool: with as many of them as threads, forever (jaxlib 0.10.2).
     """
-    squares = [jnp.square(jnp.ravel(leaf)[0]) for leaf in jax.tree.leaves(previous)]
-    # A dependence that no compiler can see through.
-    return jnp.where(sum(squares) < 0, jnp.nan, array) if squares else array
+    firsts = [jnp.ravel(leaf)[0] for leaf in jax.tree.leaves(previous)]
+    # A dependence that no compiler can see through: nothing here is ever infinite.
+    return jnp.where(sum(firsts) == -jnp.inf, jnp.nan, array) if firsts else array
 
 
 def by_size(function: Callable[[Array], Array], matrices: Sequence[Array]) -> list[Array]:

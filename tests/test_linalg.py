@@ -1,5 +1,7 @@
 """Dense linear algebra, running averages and PyTree operations."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -38,6 +40,22 @@ def test_by_size_calls_once_for_each_size_and_keeps_order(key):
     results = linalg.by_size(function, matrices)
     assert sorted(calls) == [(3, 4, 4), (4, 3, 3)]
     assert_close(results, [linalg.psd_inverse(m) for m in matrices])
+
+
+def _arguments_in_use(function, *shapes):
+    """Which arguments the compiled program reads, by position."""
+    text = jax.jit(function, keep_unused=True).lower(*shapes).compile().as_text() or ""
+    parameters = re.findall(r"%(\S+) = \S+ parameter\((\d+)\)", text[text.index("ENTRY") :])
+    entry = text[text.index("ENTRY") :]
+    return {int(number) for name, number in parameters if len(re.findall(rf"%{re.escape(name)}\b", entry)) > 1}
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_no_compiler_removes_the_order_of_inversions(number):
+    x = jnp.ones((3, 3))
+    function = lambda x, *previous: linalg.after(x, previous)  # noqa: E731
+    assert _arguments_in_use(function, x, *[x] * number) == set(range(number + 1))
+    assert _arguments_in_use(lambda x, y: x, x, x) == {0}  # the expression finds what it looks for
 
 
 @pytest.mark.parametrize("damping", [1e-6, 1e-2, 10.0])

@@ -51,8 +51,8 @@ def convolutions():
 def transposed_convolutions():
     for cls, sizes in [
         (eqx.nn.ConvTranspose1d, (4,)),
-        (eqx.nn.ConvTranspose2d, (3, 2)),
-        (eqx.nn.ConvTranspose3d, (2, 3, 2)),
+        (eqx.nn.ConvTranspose2d, (4, 3)),
+        (eqx.nn.ConvTranspose3d, (3, 3, 4)),
     ]:
         rows = itertools.product([1, 2, 3], [1, 2], [0, 1, "SAME", "SAME_LOWER"], [0, 1], [1, 2], [1, 2])
         for i, (kernel, stride, padding, extra, dilation, groups) in enumerate(rows):

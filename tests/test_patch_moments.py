@@ -13,28 +13,22 @@ from kfax._operations import Convolution, patch_moments, Windows
 SIZES = (9, 8, 7)
 CASES = {
     "same": ((3, 3), (1, 1), (1, 1), "SAME", {}),
-    "same-lower": ((4, 2), (1, 1), (1, 1), "SAME_LOWER", {}),
-    "valid": ((3, 3), (1, 1), (1, 1), "VALID", {}),
     "uneven": ((3, 2), (1, 1), (1, 1), ((0, 2), (1, 0)), {}),
     "large padding": ((2, 2), (1, 1), (1, 1), ((3, 4), (2, 3)), {}),
     "negative padding": ((3, 3), (1, 1), (1, 1), ((-1, -2), (-1, 1)), {}),
     "dilated": ((3, 2), (1, 1), (2, 3), ((2, 2), (1, 2)), {}),
     "dilated and odd": ((3, 3), (1, 1), (2, 2), ((1, 3), (3, 1)), {}),
     "dilated too far": ((3, 3), (1, 1), (4, 5), "SAME", {}),
-    "strided": ((3, 3), (2, 2), (1, 1), "SAME", {}),
     "strided once": ((3, 3), (1, 2), (1, 1), ((1, 1), (1, 1)), {}),
     "strided and dilated": ((2, 3), (2, 3), (3, 1), ((1, 2), (-1, 3)), {}),
     "patches apart": ((2, 2), (3, 4), (1, 1), "VALID", {}),
     "one tap": ((1, 1), (1, 1), (1, 1), "VALID", {}),
     "5x5": ((5, 5), (1, 1), (1, 1), "SAME", {}),
-    "reflect": ((3, 3), (1, 1), (1, 1), ((1, 1), (2, 1)), {"pad_mode": "reflect"}),
     "edge": ((3, 3), (1, 1), (1, 1), ((1, 1), (2, 1)), {"pad_mode": "edge"}),
-    "circular": ((3, 3), (1, 2), (1, 1), ((1, 1), (2, 1)), {"pad_mode": "wrap"}),
     "spread": ((3, 3), (1, 1), (1, 1), ((2, 1), (1, -1)), {"spread": (2, 3)}),
     "wrapped and spread": ((3, 2), (1, 1), (1, 2), ((1, 0), (0, 1)), {"spread": (2, 2), "wrap": ((1, 1), (0, 2))}),
     "1d": ((3,), (1,), (1,), "SAME", {}),
     "1d long": ((9,), (1,), (1,), ((8, 8),), {}),
-    "1d strided": ((4,), (2,), (1,), "SAME", {}),
     "3d": ((3, 2, 3), (1, 1, 1), (1, 1, 2), "SAME", {}),
     "3d cube": ((2, 2, 2), (1, 1, 1), (1, 1, 1), ((1, 0), (0, 0), (0, 1)), {}),
     "3d strided": ((2, 3, 2), (2, 1, 1), (1, 1, 1), ((1, 0), (1, 1), (0, 1)), {}),
@@ -91,8 +85,7 @@ def test_equals_explicit_patches(case, key):
     assert_equals_explicit_patches(convolution, x, weights)
 
 
-@pytest.mark.parametrize("num_groups", [2, 4])
-@pytest.mark.parametrize("case", ["same", "strided once", "1d", "edge"])
+@pytest.mark.parametrize("case, num_groups", [("same", 2), ("strided once", 4), ("1d", 4), ("edge", 2)])
 def test_groups(case, num_groups, key):
     convolution = operation(case, num_groups)
     x, weights = data(key, convolution)

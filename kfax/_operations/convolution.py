@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from .base import FactoredOperation, MatrixShape, moment_of_rows, sums_of_rows
+from .base import FactoredOperation, MatrixShape
+from .patch_moments import Axis, patch_moment, patch_sums
 
 
 class Windows(eqx.Module):
@@ -37,19 +38,36 @@ class Windows(eqx.Module):
 
     def pad(self, images: Array) -> Array:
         """`(..., *spatial)` with everything that any patch contains."""
-        lead = images.ndim - len(self.kernel)
-        none = [(0, 0)] * lead
-        if self.wrap is not None:
-            images = jnp.pad(images, [*none, *self.wrap], mode="wrap")
-        padding = self.padding
-        if isinstance(padding, str):
-            extent = tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
-            padding = jax.lax.padtype_to_pads(images.shape[lead:], extent, self.stride, padding)
+        images, padding = self._wrapped(images)
+        none = [(0, 0)] * (images.ndim - len(self.kernel))
         if self.pad_mode != "constant":
             return jnp.pad(images, [*none, *padding], mode=self.pad_mode)
         interior = [0] * len(self.kernel) if self.spread is None else [s - 1 for s in self.spread]
-        config = [(0, 0, 0)] * lead + [(lo, hi, inner) for (lo, hi), inner in zip(padding, interior, strict=True)]
-        return jax.lax.pad(images, jnp.zeros((), images.dtype), config)
+        config = [(lo, hi, inner) for (lo, hi), inner in zip(padding, interior, strict=True)]
+        return jax.lax.pad(images, jnp.zeros((), images.dtype), [(0, 0, 0)] * len(none) + config)
+
+    def axes(self, images: Array) -> tuple[Array, list[Axis]]:
+        """The images, padded unless by zeros around them, and how the patches lie in them."""
+        padded = jax.eval_shape(self.pad, images).shape[-len(self.kernel) :]
+        counts = self.num_patches(padded)
+        if self.pad_mode == "constant" and self.spread is None:
+            images, padding = self._wrapped(images)
+            before = [lo for lo, _ in padding]
+        else:
+            images, before = self.pad(images), [0] * len(self.kernel)
+        sizes = images.shape[-len(self.kernel) :]
+        numbers = zip(self.kernel, self.stride, self.dilation, sizes, before, counts, strict=True)
+        return images, [Axis(*each) for each in numbers]
+
+    def _wrapped(self, images: Array) -> tuple[Array, Any]:
+        """The images after circular padding, and the padding that remains."""
+        lead = images.ndim - len(self.kernel)
+        if self.wrap is not None:
+            images = jnp.pad(images, [(0, 0)] * lead + list(self.wrap), mode="wrap")
+        if isinstance(self.padding, str):
+            extent = tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
+            return images, jax.lax.padtype_to_pads(images.shape[lead:], extent, self.stride, self.padding)
+        return images, self.padding
 
     def num_patches(self, padded: tuple[int, ...]) -> tuple[int, ...]:
         """How many patches there are along each dimension of a padded image."""
@@ -134,12 +152,26 @@ class Convolution(FactoredOperation):
         return math.prod(self.windows.num_patches(padded[len(padded) - num_dims :]))
 
     def input_moment(self, x: Array, weights: Float[Array, "n p"] | None, dtype: Any, *, diagonal: bool) -> Array:
-        return moment_of_rows(self._rows(x), self._by_patch(weights, x), dtype, diagonal=diagonal)
+        num_inputs = self.shape().num_inputs
+        if self.weight is None:
+            return jnp.zeros((*self._groups, *[0] * (1 if diagonal else 2)), dtype)
+        images, axes = self.windows.axes(x.reshape(-1, *x.shape[2:]))
+        weights = None if weights is None else weights.reshape(-1)
+        if not diagonal:
+            moment = patch_moment(images, axes, self.num_groups, weights, dtype)
+            return moment.reshape(*self._groups, num_inputs, num_inputs)
+        squares = _weighted_sum(jnp.square(images.astype(dtype)), weights, 0)
+        return patch_sums(squares, axes, dtype).reshape(*self._groups, num_inputs)
 
     def input_sums(
         self, x: Array, weights: Float[Array, "n p"] | None, dtype: Any
     ) -> Float[Array, "*groups n num_inputs"]:
-        return sums_of_rows(self._rows(x), self._by_patch(weights, x), dtype)
+        num_inputs = self.shape().num_inputs
+        if self.weight is None:
+            return jnp.zeros((*self._groups, x.shape[0], 0), dtype)
+        images, axes = self.windows.axes(_weighted_sum(x.astype(dtype), weights, 1))
+        sums = patch_sums(images, axes, dtype).reshape(x.shape[0], *self._groups, num_inputs)
+        return jnp.moveaxis(sums, 1, 0) if self._groups else sums
 
     def cotangents(self, dy: Array) -> Float[Array, "*groups n r d_g"]:
         n, p, outputs = dy.shape[:3]
@@ -165,5 +197,9 @@ class Convolution(FactoredOperation):
         patches = jnp.swapaxes(patches, -1, -3)
         return patches.reshape(*self._groups, n, -1, patches.shape[-1] * patches.shape[-2])
 
-    def _by_patch(self, weights: Float[Array, "n p"] | None, x: Array) -> Float[Array, "n r"] | None:
-        return None if weights is None else jnp.repeat(weights, self.num_positions(x), axis=1)
+
+def _weighted_sum(x: Array, weights: Array | None, axis: int) -> Array:
+    """Over one axis, with weights for all axes up to it."""
+    if weights is not None:
+        x = x * weights.reshape(*weights.shape, *[1] * (x.ndim - weights.ndim)).astype(x.dtype)
+    return jnp.sum(x, axis=axis)

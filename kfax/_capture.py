@@ -15,7 +15,7 @@ from ._layers import Borrowed, borrowed, fill_slots, Part, parts
 from ._losses import Loss
 from ._objective import evaluate, Evaluation
 from ._operations import Operation
-from ._registry import split_parameters
+from ._registry import split_parameters, trainable
 from ._tree import tie
 from ._types import Model, Parameters, PRNGKey, Where
 
@@ -119,7 +119,7 @@ def linearize(
 
     external = (loss_fn, model, batch, key, model_state)
     loans: dict[str, list[Borrowed]] = {}
-    for loan in borrowed(model):
+    for loan in borrowed(model, trainable(model, frozen)):
         loans.setdefault(loan.owner, []).append(loan)
     values, uses = {}, {}
     for part in parts(eqx.filter_eval_shape(lambda: parameters)).values():
@@ -154,14 +154,31 @@ def _slot(
 
     def statistic(use):
         try:
-            return reading.statistic(operation, use)
-        except ValueError as error:
-            raise ValueError(f"The layer at `{part.path}` cannot be estimated: {error}") from error
+            found = reading.statistic(operation, use)
+        except (ValueError, TypeError, IndexError) as error:
+            raise ValueError(f"{_observed(part, operation, use)} {error}") from error
+        if [x.shape for x in jax.tree.leaves(found)] != [x.shape[len(stack) :] for x in expected]:
+            raise ValueError(
+                f"{_observed(part, operation, use)} These shapes do not fit. An operation is observed for one position "
+                "at a time (map over positions by `jax.vmap`), output before input: `self.observe(y, x)`; and a layer "
+                "that cannot tell its stack has to be tagged inside the function that is mapped."
+            )
+        return found
 
-    stack = part.operation.shape().stack
+    stack, expected = part.operation.shape().stack, jax.tree.leaves(reading.zeros)
     stacked = None if weights is None else jnp.broadcast_to(weights, (*stack, num_examples))
     axis = ExampleAxis(example_axis, num_examples, reading.is_sum and weights is None, path)
-    return Slot(reading.zeros, stacked, statistic, axis)
+    ndim = jax.tree.leaves(reading.zeros)[0].ndim - len(stack)
+    return Slot(reading.zeros, stacked, statistic, axis, ndim)
+
+
+def _observed(part: Part, operation: Operation, use: Use) -> str:
+    """What was observed where, for messages."""
+    x, dy = ([leaf.shape[2:] for leaf in jax.tree.leaves(tree)] for tree in (use.x, use.dy))
+    return (
+        f"The layer at `{part.path}` cannot be estimated. It observed inputs of shape {x} and outputs of shape {dy} "
+        f"in one call, of {type(operation).__name__} with V of {part.operation.shape()}."
+    )
 
 
 def _example_weights(losses: tuple[Loss, ...]) -> Float[Array, " n"]:

@@ -48,7 +48,13 @@ def check(
         raise ValueError(message) from None
     if not np.isfinite(value):
         raise ValueError(_not_finite_message(float(value), batch, model))
-    faults = {path: float(fault) for path, fault in faults.items() if fault > 0}
+    faults = {path: float(fault) for path, fault in faults.items() if fault != 0}
+    undefined = [f"`{path}`" for path, fault in faults.items() if not np.isfinite(fault)]
+    if undefined:
+        raise ValueError(
+            f"The loss is finite, but its gradient in the parameters of {', '.join(undefined)} is not: look for a "
+            "square root, a logarithm or a division at zero after the layer, also where its result is not used."
+        )
     if faults:
         worst = max(faults, key=lambda path: faults[path])
         others = f" (and also: {', '.join(f'`{path}`' for path in faults if path != worst)})" if len(faults) > 1 else ""
@@ -97,7 +103,8 @@ def _read_gradient(part: Part, num_examples: int) -> Reading:
     def statistic(operation, use):
         x, dy = rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (use.x, use.dy))
         abs_x, abs_dy = jax.tree.map(lambda leaf: jnp.abs(leaf) if _is_float(leaf) else leaf, rows)
-        coarsest = max(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(rows) if _is_float(leaf))
+        dtypes = [shape.dtype, *(leaf.dtype for leaf in jax.tree.leaves(rows) if _is_float(leaf))]
+        coarsest = max(jnp.finfo(each).eps for each in dtypes)
         return (
             read(operation, x, dy, use.context),
             read(operation, abs_x, abs_dy, use.context),
@@ -123,7 +130,7 @@ def _gap(true: Array, observed: Array, magnitude: Array, resolution: Array) -> F
     largest = jnp.maximum(jnp.linalg.norm(true), jnp.linalg.norm(observed))
     distance = jnp.linalg.norm(true - observed)
     allowed = resolution**0.375 * largest + 8 * resolution * jnp.linalg.norm(magnitude)
-    return jnp.where(distance > allowed, distance / jnp.where(largest > 0, largest, 1), 0)
+    return jnp.where(distance <= allowed, 0, distance / jnp.where(largest > 0, largest, 1))
 
 
 def _not_finite_message(value: float, batch: Any, model: Model) -> str:

@@ -84,10 +84,11 @@ def coverage(model: Model, *, frozen: Where | None = None) -> Coverage:
 
     **Returns:** a [`kfax.Coverage`][]; print it to see a table. A parameter without a block has the block `None`.
     """
-    kept = eqx.filter(model, trainable(model, frozen))
+    spec = trainable(model, frozen)
+    kept = eqx.filter(model, spec)
     nodes = jax.tree_util.tree_leaves_with_path(eqx.filter(model, eqx.is_inexact_array), is_leaf=is_tagged)
     trained = dict(jax.tree_util.tree_leaves_with_path(kept, is_leaf=is_tagged))
-    loans = borrowed(model)
+    loans = borrowed(model, spec)
     rows = []
     for path, node in nodes:
         name = jax.tree_util.keystr(path)

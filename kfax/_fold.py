@@ -114,7 +114,7 @@ class Use(eqx.Module):
 
     - `x`: what the layer was given, `(n, p, ...)`, or a PyTree of such arrays.
     - `dy`: the cotangent of what it returned, likewise. Per example: not divided by n.
-    - `present`: which positions count; `None` if all do. Where `False`, `x` and `dy` are zero.
+    - `present`: which positions count; `None` if all do. Where `False`, `dy` is zero, and `x` is one that counts.
     - `weights`: of the examples, divided by their mean; `None` if equal.
     - `context`: what the layer passed beside `x`, without these axes, such as its parameters.
     """
@@ -144,14 +144,23 @@ class Slot(eqx.Module):
     - `weights`: the weight of each example, or `None` for equal weights. Carries the same stack axes as `value`.
     - `statistic`: from a `Use` to something like `value`.
     - `axis`: which mapped axis enumerates the examples.
-    - `present`: whether the next call counts, as told by [`kfax.masked`][]; `None` if it does.
+    - `ndim`: how many axes the first array in `value` has for a single layer, without stack axes.
+    - `present`: whether the next call counts, as told by [`kfax.masked`][]; `None` if it does. Carries the same stack
+        axes as `value`.
     """
 
     value: PyTree[Array]
     weights: Float[Array, "*stack n"] | None
     statistic: Callable[[Use], PyTree[Array]] = eqx.field(static=True)
     axis: ExampleAxis = eqx.field(static=True)
-    present: Bool[Array, ""] | None = None
+    ndim: int = eqx.field(static=True, default=0)
+    present: Bool[Array, "*stack"] | None = None
+
+    def masked(self, mask: Bool[Array, ""]) -> "Slot":
+        """The slot for a call that counts only if `mask` holds."""
+        value = jax.tree.leaves(self.value)[0]
+        mask = jnp.broadcast_to(mask, value.shape[: value.ndim - self.ndim])
+        return dataclasses.replace(self, present=mask if self.present is None else self.present & mask)
 
 
 def observe(y: _Y, x: PyTree, slot: Slot | None, context: PyTree = None) -> _Y:
@@ -219,17 +228,28 @@ def _row_statistic(slot: Slot, x_ndims: PyTree[int], y_ndims: PyTree[int]) -> Ca
             anything = jnp.ravel(first)[0]
             return eqx.error_if(zeros, (anything == anything) | (anything != anything), fault)
 
+        counts = None if present is None else present.reshape(rows[0], -1)
+
         def by_example(array, ndim):
-            array = array.reshape(rows[0], -1, *array.shape[array.ndim - ndim :])
-            if present is None or not jnp.issubdtype(array.dtype, jnp.inexact):
-                return array
-            counts = present.reshape(rows[0], -1, *(1,) * ndim)
-            return jnp.where(counts, array, 0)
+            return array.reshape(rows[0], -1, *array.shape[array.ndim - ndim :])
 
         x, dy = jax.tree.map(by_example, x, x_ndims), jax.tree.map(by_example, dy, y_ndims)
-        return read(Use(x, dy, None if present is None else present.reshape(rows[0], -1), weights, context))
+        if counts is not None:
+            x = jax.tree.map(lambda array: _replace_absent(array, counts), x)
+            dy = jax.tree.map(lambda array: jnp.where(_like(counts, array), array, 0), dy)
+        return read(Use(x, dy, counts, weights, context))
 
     return statistic
+
+
+def _replace_absent(x: Array, present: Bool[Array, "n p"]) -> Array:
+    """Rows of x that are present in the places of those that are not: harmless numbers for the layer at hand."""
+    example, position = jnp.unravel_index(jnp.argmax(present), present.shape)
+    return jnp.where(_like(present, x), x, jnp.where(jnp.any(present), x[example, position], jnp.zeros((), x.dtype)))
+
+
+def _like(present: Bool[Array, "n p"], array: Array) -> Bool[Array, "n p ..."]:
+    return present.reshape(*present.shape, *(1,) * (array.ndim - 2))
 
 
 def _make_fold(statistic: Callable, num_stacks: int, named: bool, seen: bool = False, num_rows: int = 0) -> Callable:

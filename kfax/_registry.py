@@ -6,6 +6,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from ._blocks import Block, KroneckerFactored, KroneckerSum
@@ -148,7 +149,7 @@ def tag(model: Model, *, registry: Registry = default_registry, frozen: Where | 
 
 def _tie(model: Model, already: Mapping[str, TaggedLayer]) -> Model:
     """Gives layers whose matrix another layer uses transposed a block for that, unless their block was chosen."""
-    owners = {loan.owner for loan in borrowed(model) if isinstance(loan.operation, Transposed)}
+    owners = {loan.owner for loan in borrowed(model, trainable(model, None)) if isinstance(loan.operation, Transposed)}
     layers = {}
     for path, layer in tagged_layers(model).items():
         keys = {part.key for part in layer_parts(path, eqx.filter(layer, eqx.is_inexact_array))}
@@ -173,6 +174,13 @@ def set_block(model: Model, where: Where | str, block: Block | Mapping[str, Bloc
     **Raises:** `ValueError` if there is no tagged layer there.
     """
     layers = tagged_layers(model)
+    if not isinstance(block, Block | Mapping):
+        raise ValueError(f"`block` of `kfax.set_block` must be a block, such as `kfax.Diagonal()`, got {block!r}.")
+    if is_tagged(where) or not (callable(where) or isinstance(where, str)):
+        raise ValueError(
+            "`where` of `kfax.set_block` must be a function of the model, as in `lambda model: model.layers[0]`, or a "
+            f"path, as in `'.layers[0]'`, got {type(where).__name__}."
+        )
     if isinstance(where, str):
         chosen = {path: layer for path, layer in layers.items() if _is_within(path, where)}
     else:
@@ -213,6 +221,12 @@ def split_parameters(model: Model, frozen: Where | None) -> tuple[Parameters, Mo
     if missing:
         raise ValueError(_untagged_message(model, missing))
     parameters, rest = eqx.partition(model, spec)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+        if jnp.iscomplexobj(leaf):
+            raise ValueError(
+                f"The parameter at `{jax.tree_util.keystr(path)}` is complex, and kfax trains real parameters: hold "
+                "its real and imaginary parts as two arrays, or freeze it with `frozen=`."
+            )
     for path, layer in tagged_layers(parameters).items():
         if unlisted(layer):
             raise ValueError(

@@ -131,3 +131,22 @@ def test_gradient_blocks_are_exact_in_what_they_keep(name, block, axis):
     operation, unit = same_operation(case)
     kept = {"full": operation, "unit-wise": unit, "diagonal": jnp.eye(size, dtype=bool)}[block]
     assert_close(found, jnp.where(kept, exact_block(case), 0))
+
+
+# Relative errors in the Frobenius norm of each layer's default block, against the exact block of the same operations.
+DEFAULT_ERRORS = {}
+
+
+@grid(name=LAYERS)
+def test_default_blocks_are_as_close_as_they_are_said_to_be(name):
+    """A change of any of these numbers is a change of what is estimated."""
+    case = LAYERS[name].build()
+    estimator, state = update(case, "batch")
+    size = sum(leaf.size for leaf in jax.tree.leaves(parameters(case.plain.layer)))
+    found = estimator.to_dense(state, parameters(case.model))[:size, :size]
+    operation, unit = same_operation(case)
+    exact = jnp.where(operation, exact_block(case), 0)
+    error = float(jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact))
+    assert f"{error:.3f}" == DEFAULT_ERRORS.get(name, ""), f"{name}: {error:.3f}"
+    if isinstance(case.model.layer.block, kfax.UnitWise):
+        assert_close(found, jnp.where(unit, exact, 0))

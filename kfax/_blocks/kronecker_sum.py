@@ -1,5 +1,6 @@
 """A block for a matrix that is used in two directions."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -58,7 +59,7 @@ class KroneckerSum(Block):
 
     def record(self, shape: MatrixShape, operation: Operation, use: Use) -> Recorded:
         direct, reverse = self._sizes(shape)
-        unused = self.slot(MatrixShape((), *self._within_one(shape)), use.num_examples)
+        unused = self.slot(dataclasses.replace(shape, stack=()), use.num_examples)
         if isinstance(operation, Transposed):
             new = self.sharing.record(reverse, operation, use)
             return Recorded((unused.inputs[0], new.inputs), (unused.cotangents[0], new.cotangents))
@@ -80,7 +81,9 @@ class KroneckerSum(Block):
         def one(inputs, second_moment):
             triples = zip(self._sizes(shape), inputs, second_moment, strict=True)
             direct, reverse = (self.sharing.factors(sizes, a, g, weights, num_examples) for sizes, a, g in triples)
-            return direct, reverse
+            # A bias of V has no part in its transpose.
+            g = jnp.pad(reverse.g, [(0, int(shape.bias))] * reverse.g.ndim)
+            return direct, KroneckerFactors(reverse.a, g, reverse.positions)
 
         return shape.over_matrices(one)(inputs, second_moment)
 
@@ -137,12 +140,8 @@ class KroneckerSum(Block):
 
     def _sizes(self, shape: MatrixShape) -> tuple[FactorSizes, FactorSizes]:
         direct = factor_sizes(shape, self.max_dim)
-        reverse = MatrixShape(shape.stack, shape.d_a, shape.d_g, False, shape.dtype, shape.groups)
+        reverse = MatrixShape(shape.stack, shape.num_inputs, shape.d_g, False, shape.dtype, shape.groups)
         return direct, FactorSizes(reverse, direct.g_is_diagonal, direct.a_is_diagonal)
-
-    def _within_one(self, shape: MatrixShape) -> tuple:
-        """The fields of the shape of one layer of a stack, after `stack`."""
-        return shape.num_outputs, shape.num_inputs, shape.bias, shape.dtype, shape.groups, shape.one_hot
 
 
 def _transpose(factor: Float[Array, "..."], vector: Float[Array, "*leading d_g d_a"]) -> Float[Array, "..."]:

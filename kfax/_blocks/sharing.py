@@ -20,7 +20,7 @@ class KroneckerFactors(eqx.Module):
     **Fields:**
 
     - `a`: A, the second moment of the layer's inputs, with a constant 1 appended if there is a bias. [inputs²]
-    - `g`: G, the second moment of the cotangents of the layer's outputs. [loss²/outputs²]
+    - `g`: G, the second moment of the cotangents of the layer's outputs. [loss/outputs²]
     - `positions`: R, over how many sharing positions of an example both sums run, on average. With `Reduce` it is 1
         (or less, if the layer is not used in every example).
     """
@@ -124,7 +124,7 @@ class Expand(Sharing):
         g = operation.cotangents(use.dy)
         g = g.reshape(*g.shape[:-3], -1, g.shape[-1])
         if sizes.g_is_diagonal:
-            return Recorded((moment, sums, counts), jnp.sum(g * g, axis=-2, dtype=dtype))
+            return Recorded((moment, sums, counts), jnp.sum(jnp.square(g.astype(dtype)), axis=-2))
         return Recorded((moment, sums, counts), jnp.matmul(jnp.swapaxes(g, -1, -2), g, preferred_element_type=dtype))
 
     def second_moment(self, sizes: FactorSizes, cotangents: Float[Array, "..."]) -> Float[Array, "..."]:

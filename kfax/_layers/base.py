@@ -57,8 +57,17 @@ class TaggedLayer(eqx.Module):
         - `x`: what the operation was applied to.
         - `name`: of the operation.
         - `context`: arrays that belong to the layer, if the operation's gradient depends on them.
+
+        **Raises:** `ValueError` if there is no operation of this name.
         """
-        for slot in () if self.slots is None else self.slots.get(name, ()):
+        if self.slots is None:
+            return y
+        if name not in self.operations():
+            raise ValueError(
+                f"{type(self).__name__} observes an operation named {name!r}, but its operations are "
+                f"{sorted(self.operations())}."
+            )
+        for slot in self.slots.get(name, ()):
             y = observe(y, x, slot, context)
         return y
 
@@ -72,7 +81,13 @@ class TaggedLayer(eqx.Module):
         return getattr(self.layer, name)
 
     def __check_init__(self):
-        names = set(self.operations())
+        operations = self.operations()
+        if not isinstance(operations, dict) or not all(isinstance(op, Operation) for op in operations.values()):
+            raise ValueError(
+                f"`operations` of {type(self).__name__} must return a dictionary of operations, such as "
+                f"`{{'': kfax.Dense(weight, bias)}}`, but it returned {operations!r}."
+            )
+        names = set(operations)
         blocks = self.block if isinstance(self.block, dict) else dict.fromkeys(names, self.block)
         if not all(isinstance(block, Block) for block in blocks.values()):
             raise ValueError(f"`block` must be a block, such as `kfax.KroneckerFactored()`, got {self.block!r}.")
@@ -124,7 +139,14 @@ def tagged_layers(tree: Model) -> dict[str, TaggedLayer]:
 
 def layer_parts(path: str, layer: TaggedLayer) -> list[Part]:
     """The operations of one layer; without those whose parameters are all frozen."""
-    operations = layer.operations().items()
+    try:
+        operations = layer.operations().items()
+    except Exception as error:  # whatever comes of computing on what stands in for arrays
+        raise ValueError(
+            f"`operations` of {type(layer).__name__}, at `{path}`, must pass the arrays of the layer on as they are, "
+            "without computing on them. (For a weight that is stored as `(inputs, outputs)` there is "
+            "`kfax.Dense(weight, bias, inputs_first=True)`.)"
+        ) from error
     return [Part(path, name, op, layer.block_of(name)) for name, op in operations if jax.tree.leaves(op)]
 
 
@@ -187,10 +209,7 @@ def masked(module: Model, mask: ArrayLike) -> Model:
                 f"`kfax.masked` takes one boolean, got {present.dtype} of shape {present.shape}. For several positions "
                 "map over them: `jax.vmap(lambda x, m: kfax.masked(layer, m)(x))(xs, mask)`."
             )
-        slots = {
-            name: tuple(dataclasses.replace(slot, present=_both(slot.present, present)) for slot in filled)
-            for name, filled in node.slots.items()
-        }
+        slots = {name: tuple(slot.masked(present) for slot in filled) for name, filled in node.slots.items()}
         return eqx.tree_at(lambda tagged: tagged.slots, node, slots)
 
     return jax.tree.map(mark, module, is_leaf=is_tagged)
@@ -212,10 +231,6 @@ def from_matrices(tree: Parameters, matrices: Mapping[str, Float[Array, "..."]])
         for part in layer_parts(path, layer):
             changed = part.operation.from_matrix(matrices[part.key])
             for number, leaf in zip(jax.tree.leaves(numbered[part.key]), jax.tree.leaves(changed), strict=True):
-                leaves[number] = leaf
+                leaves[number] = leaf.astype(leaves[number].dtype)
         new[path] = jax.tree.unflatten(structure, leaves)
     return replace_layers(tree, new)
-
-
-def _both(first: Array | None, second: Array) -> Array:
-    return second if first is None else first & second

@@ -42,11 +42,14 @@ class TaggedModule(TaggedLayer, eqx.nn.StatefulLayer):
 
     def __call__(self, *args: Any, **options: Any) -> PyTree:
         """As the module itself."""
-        out = self.layer(*args, **options)
         if self.slots is None:
-            return out
+            return self.layer(*args, **options)
+        inputs = args, options
+        # A state can be used once; a copy of the tree is another one.
+        args, options = jax.tree.map(lambda leaf: leaf, inputs)
+        out = self.layer(*args, **options)
         arrays, static = eqx.partition(self.layer, eqx.is_array)
-        inputs, fixed = eqx.partition((args, options), eqx.is_array)
+        inputs, fixed = eqx.partition(inputs, eqx.is_array)
 
         def function(arrays, inputs):
             args, options = eqx.combine(inputs, fixed)

@@ -107,9 +107,11 @@ class TaggedPReLU(TaggedLayer):
         if self.slots is None:
             return y
         # Slopes are broadcast along the first axes of the input: these are put last.
-        extra = x.ndim - self.num_axes
+        extra = y.ndim - self.num_axes
         first, last = tuple(range(extra)), tuple(range(-extra, 0))
-        y, negative = (jnp.moveaxis(array, first, last) for array in (y, jnp.where(x >= 0, 0, x)))
+        y, negative = (
+            jnp.moveaxis(array, first, last) for array in (y, jnp.broadcast_to(jnp.where(x >= 0, 0, x), y.shape))
+        )
         return jnp.moveaxis(self.observe(y, negative), last, first)
 
     def operations(self) -> dict[str, Operation]:

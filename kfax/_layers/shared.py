@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from .._operations import FactoredOperation, Operation, Transposed
 from .._types import Model
@@ -31,8 +32,11 @@ class Borrowed:
     operation: Operation
 
 
-def borrowed(model: Model) -> list[Borrowed]:
-    """All uses of parameters of tagged layers in other tagged layers, by way of `equinox.nn.Shared`.
+def borrowed(model: Model, trained: PyTree[bool]) -> list[Borrowed]:
+    """All uses of trained parameters of tagged layers in other tagged layers, by way of `equinox.nn.Shared`.
+
+    A layer that is shared as a whole, and is then at its second place nothing but the first one, does not count: it
+    brings its slots along.
 
     **Raises:** `ValueError` if a parameter is used in a role that kfax cannot tell.
     """
@@ -41,27 +45,36 @@ def borrowed(model: Model) -> list[Borrowed]:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if eqx.is_array(leaf) else leaf, model
     )
     owners = {}
-    for path, layer in tagged_layers(shapes).items():
+    for path, layer in tagged_layers(eqx.filter(shapes, trained)).items():
         for part in _parts(path, layer):
             owners.update({id(leaf): part for leaf in jax.tree.leaves(part.operation)})
+    return _borrowed_in("", shapes, owners, set(tagged_layers(shapes)))
+
+
+def _borrowed_in(prefix: str, tree: Any, owners: dict[int, Part], present: set[str]) -> list[Borrowed]:
     found = []
-    nodes = jax.tree_util.tree_leaves_with_path(shapes, is_leaf=lambda node: isinstance(node, eqx.nn.Shared))
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, eqx.nn.Shared))
     for path, node in nodes:
-        if isinstance(node, eqx.nn.Shared):
-            found += _borrowed_in(jax.tree_util.keystr(path) + ".pytree", _resolved(node), owners)
+        if not isinstance(node, eqx.nn.Shared):
+            continue
+        inside, resolved = prefix + jax.tree_util.keystr(path) + ".pytree", _resolved(node)
+        for inner, layer in tagged_layers(resolved).items():
+            if inside + inner in present:
+                for part in _parts(inside + inner, layer):
+                    found += _borrowed_by(part, owners)
+        found += _borrowed_in(inside, resolved, owners, present)
     return found
 
 
-def _borrowed_in(prefix: str, tree: Any, owners: dict[int, Part]) -> list[Borrowed]:
+def _borrowed_by(part: Part, owners: dict[int, Part]) -> list[Borrowed]:
+    leaves = jax.tree.leaves(part.operation)
+    sources = {owners[id(leaf)].key: owners[id(leaf)] for leaf in leaves if id(leaf) in owners}
+    sources.pop(part.key, None)
     found = []
-    for path, layer in tagged_layers(tree).items():
-        for part in _parts(prefix + path, layer):
-            sources = {owners[id(leaf)].key: owners[id(leaf)] for leaf in jax.tree.leaves(part.operation)}
-            sources.pop(part.key, None)
-            for owner in sources.values():
-                own = {id(leaf) for leaf in jax.tree.leaves(owner.operation)}
-                used = jax.tree.map(lambda leaf, own=own: leaf if id(leaf) in own else None, part.operation)
-                found.append(Borrowed(part.path, part.name, owner.key, _in_role(used, owner, part)))
+    for owner in sources.values():
+        own = {id(leaf) for leaf in jax.tree.leaves(owner.operation)}
+        used = jax.tree.map(lambda leaf, own=own: leaf if id(leaf) in own else None, part.operation)
+        found.append(Borrowed(part.path, part.name, owner.key, _in_role(used, owner, part)))
     return found
 
 

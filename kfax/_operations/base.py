@@ -129,21 +129,29 @@ class FactoredOperation(Operation):
         """g, by example and by position of any kind."""
 
 
+def widen(array: Array) -> Array:
+    """In float32 at least, so that sums and products keep what they can."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
 def moment_of_rows(
-    rows: Float[Array, "*groups n r d"], weights: Float[Array, "n r"] | None, dtype: Any, *, diagonal: bool
+    rows: Shaped[Array, "*groups n r d"], weights: Float[Array, "n r"] | None, dtype: Any, *, diagonal: bool
 ) -> Float[Array, "..."]:
     """`Σ w a aᵀ`, or its diagonal, of explicit rows."""
     rows = rows.reshape(*rows.shape[:-3], math.prod(rows.shape[-3:-1]), rows.shape[-1])
+    if diagonal or not jnp.issubdtype(rows.dtype, jnp.inexact):
+        rows = rows.astype(dtype)  # before anything is multiplied
     weighted = rows if weights is None else rows * weights.reshape(-1, 1).astype(rows.dtype)
     if diagonal:
-        return jnp.sum(weighted * rows, axis=-2, dtype=dtype)
+        return jnp.sum(weighted * rows, axis=-2)
     return jnp.matmul(jnp.swapaxes(weighted, -1, -2), rows, preferred_element_type=dtype)
 
 
 def sums_of_rows(
-    rows: Float[Array, "*groups n r d"], weights: Float[Array, "n r"] | None, dtype: Any
+    rows: Shaped[Array, "*groups n r d"], weights: Float[Array, "n r"] | None, dtype: Any
 ) -> Float[Array, "*groups n d"]:
     """`Σ w a` over the positions of each example, of explicit rows."""
+    rows = rows.astype(dtype)
     if weights is not None:
-        rows = rows * weights[..., None].astype(rows.dtype)
-    return jnp.sum(rows, axis=-2, dtype=dtype)
+        rows = rows * weights[..., None].astype(dtype)
+    return jnp.sum(rows, axis=-2)

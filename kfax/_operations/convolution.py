@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from .base import FactoredOperation, MatrixShape
+from .base import FactoredOperation, MatrixShape, widen
 from .patch_moments import Axis, patch_moment, patch_sums
 
 
@@ -137,6 +137,7 @@ class Convolution(FactoredOperation):
         return Convolution(weight, bias, self.windows, self.num_groups)
 
     def gradient(self, x: Array, dy: Array, context: Any) -> Float[Array, "*groups d_g d_a"]:
+        x, dy = widen(x), widen(dy)
         g = self.cotangents(dy[None])[..., 0, :, :]
         columns = []
         if self.weight is not None:

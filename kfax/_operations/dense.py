@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from .base import FactoredOperation, MatrixShape, moment_of_rows, sums_of_rows
+from .base import FactoredOperation, MatrixShape, moment_of_rows, sums_of_rows, widen
 
 
 class Dense(FactoredOperation):
@@ -47,7 +47,7 @@ class Dense(FactoredOperation):
         return Dense(weight, None if self.bias is None else matrix[..., -1], self.inputs_first)
 
     def gradient(self, x: Array, dy: Array, context: Any) -> Float[Array, "d_g d_a"]:
-        g, a = dy.reshape(dy.shape[0], -1), x.reshape(x.shape[0], -1)
+        g, a = widen(dy.reshape(dy.shape[0], -1)), widen(x.reshape(x.shape[0], -1))
         columns = [] if self.weight is None else [g.T @ a]
         if self.bias is not None:
             columns.append(jnp.sum(g, axis=0)[:, None])
@@ -65,6 +65,6 @@ class Dense(FactoredOperation):
     def cotangents(self, dy: Array) -> Float[Array, "n p d_g"]:
         return dy.reshape(*dy.shape[:2], -1)
 
-    def _rows(self, x: Array) -> Float[Array, "n p num_inputs"]:
+    def _rows(self, x: Array) -> Shaped[Array, "n p num_inputs"]:
         rows = x.reshape(*x.shape[:2], -1)
         return rows[..., :0] if self.weight is None else rows

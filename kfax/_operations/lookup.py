@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from .base import FactoredOperation, MatrixShape
+from .base import FactoredOperation, MatrixShape, widen
 
 
 class Lookup(FactoredOperation):
@@ -32,6 +32,7 @@ class Lookup(FactoredOperation):
         return Lookup(jnp.swapaxes(matrix, -1, -2))
 
     def gradient(self, x: Array, dy: Array, context: Any) -> Float[Array, "d_g d_a"]:
+        dy = widen(dy)
         table = jnp.zeros((self.weight.shape[-2], dy.shape[-1]), dy.dtype)
         return table.at[x.reshape(-1)].add(dy.reshape(-1, dy.shape[-1])).T
 

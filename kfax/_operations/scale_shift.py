@@ -7,7 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from .base import MatrixShape, Operation
+from .base import MatrixShape, Operation, widen
 
 
 class ScaleAndShift(Operation):
@@ -42,6 +42,7 @@ class ScaleAndShift(Operation):
         return ScaleAndShift(weight, bias, self.num_axes)
 
     def gradient(self, x: Array, dy: Array, context: Any) -> Float[Array, "d_g d_a"]:
+        x, dy = widen(x), widen(dy)
         some = self.bias if self.weight is None else self.weight
         features = some.shape[some.ndim - self.num_axes :]
         shared = [i for i in range(1, dy.ndim) if i > self.num_axes or features[i - 1] == 1]

@@ -589,7 +589,7 @@ def test_reduce_is_exact_where_positions_are_pooled(pool, use_bias):
 
 
 class Convolutional(eqx.Module):
-    conv: eqx.nn.Conv1d
+    conv: kfax.TaggedConv
     pooled: bool
 
     def __call__(self, x):

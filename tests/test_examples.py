@@ -14,10 +14,17 @@ VARIANTS = {
     "transformer": [[]],
     "convnet": [[]],
 }
-RUNS = [(path, options) for path in EXAMPLES for options in VARIANTS[path.stem]]
+# Of an example with several variants all but the last are slow.
+RUNS = [
+    pytest.param(path, options, id=" ".join([path.stem, *options]), marks=[] if options is last else [pytest.mark.slow])
+    for path in EXAMPLES
+    for variants in [VARIANTS[path.stem]]
+    for last in [variants[-1]]
+    for options in variants
+]
 
 
-@pytest.mark.parametrize(("path", "options"), RUNS, ids=[" ".join([path.stem, *options]) for path, options in RUNS])
+@pytest.mark.parametrize(("path", "options"), RUNS)
 def test_smoke(path, options, tmp_path):
     command = [sys.executable, "-W", "error", path, "--smoke", "--output", tmp_path / "plot.png", *options]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)

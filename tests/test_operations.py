@@ -98,7 +98,8 @@ def test_convolutions_against_patches_by_one_hot_kernels(row):
         pytest.fail("the kernel is larger than the image: nothing is tested")
     dy = jax.random.normal(k3, shape)
     weights = jax.random.uniform(k4, (N, P))
-    operation = tagged(layer).operations()[""]
+    operation = tagged(layer).operations()[""]  # pyright: ignore[reportArgumentType]
+    assert isinstance(operation, kfax.Convolution)
 
     @jax.jit
     def read(x, dy, weights):
@@ -108,8 +109,8 @@ def test_convolutions_against_patches_by_one_hot_kernels(row):
             for diagonal in (False, True)
         ]
         sums = [operation.input_sums(x, w, jnp.float64) for w in (None, weights)]
-        flat = [array.reshape(-1, *array.shape[2:]) for array in (x, dy)]
-        return moments, sums, operation.gradient(*flat, None), operation.cotangents(dy)
+        flat_x, flat_dy = (array.reshape(-1, *array.shape[2:]) for array in (x, dy))
+        return moments, sums, operation.gradient(flat_x, flat_dy, None), operation.cotangents(dy)
 
     @jax.jit
     def truth(x, dy, weights):
@@ -146,6 +147,7 @@ def test_lookups_against_one_hot_vectors(weighted):
     weights = jax.random.uniform(jax.random.key(2), (N, P)) if weighted else None
     dy = jax.random.normal(jax.random.key(3), (N, P, 3))
     operation = kfax.TaggedEmbedding(embedding).operations()[""]
+    assert isinstance(operation, kfax.Lookup)
     rows = jax.nn.one_hot(ids, 7, dtype=jnp.float64)
     w = jnp.ones((N, P)) if weights is None else weights
     moment = jnp.einsum("npi,np,npj->ij", rows, w, rows)
@@ -159,13 +161,15 @@ def test_lookups_against_one_hot_vectors(weighted):
 @grid(inputs_first=[False, True], use_bias=[False, True])
 def test_dense_with_weights_stored_either_way(inputs_first, use_bias):
     weight = jax.random.normal(jax.random.key(0), (2, 4, 3))
-    bias = jax.random.normal(jax.random.key(1), (2, 4)) if use_bias else None
+    bias = jax.random.normal(jax.random.key(1), (2, 4))
     stored = jnp.swapaxes(weight, -1, -2) if inputs_first else weight
-    operation = kfax.Dense(stored, bias, inputs_first)
+
+    def make(factor):
+        return kfax.Dense(factor * stored, factor * bias if use_bias else None, inputs_first)
+
+    operation = make(1)
     shape = operation.shape()
     assert (shape.stack, shape.d_g, shape.d_a, shape.bias) == ((2,), 4, 3 + use_bias, use_bias)
     matrix = operation.to_matrix()
     assert_close(matrix, jnp.concatenate([weight, bias[..., None]], -1) if use_bias else weight)
-    assert_close(
-        operation.from_matrix(3 * matrix), kfax.Dense(3 * stored, 3 * bias if use_bias else None, inputs_first)
-    )
+    assert_close(operation.from_matrix(3 * matrix), make(3))

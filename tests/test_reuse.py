@@ -263,7 +263,7 @@ def explicit_blocks(scenario, part, index, block, uses):
         right = jnp.diag(jnp.diag(right))
     total = kronecker(right, left) / positions
     if reverse is not None:
-        inputs, cotangents, positions = _factors(*reverse, block.sharing)
+        inputs, cotangents, positions = _factors(reverse[0], reverse[1], block.sharing)
         total = total + kronecker(jnp.diag(jnp.diag(inputs)), cotangents) / positions
     return total
 

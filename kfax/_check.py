@@ -29,7 +29,8 @@ def check(
     For a random cotangent of the outputs the gradient of each layer's weights is computed twice: by differentiating
     the model, and from the inputs and output cotangents that the layer's tag observed. They agree unless a weight is
     also used where its tag cannot see it (`model.embedding.weight.T`, a rescaled copy). Curvature would then be
-    wrong without a sign. The loss must also be finite. Costs two passes through the model, compiled.
+    wrong without a sign. Loss and gradient must also be finite. Costs two passes through the model, compiled. Whether a
+    block suits its layer shows when curvature is first estimated.
 
     **Arguments:** as for [`kfax.Optimizer`][] and its `init`, which calls this.
 

@@ -133,7 +133,8 @@ def tag(model: Model, *, registry: Registry = default_registry, frozen: Where | 
 
     **Returns:** the tagged model.
 
-    **Raises:** `ValueError` if a parameter that is to be trained has no block, naming it.
+    **Raises:** `ValueError` if a parameter that is to be trained has no block, naming it, or if `eqx.nn.Shared` gives
+    one to a layer that does something else with it than multiply by the same matrix or its transpose.
     """
 
     def is_layer(node):

@@ -136,8 +136,11 @@ def make_case(model: Any = "mlp", loss="softmax", use_bias=True, num_examples=6,
     return Case(tagged, loss_fn, row.one, x, y)
 
 
-def grid(**axes):
-    """`pytest.mark.parametrize` over the product of the given axes, with readable ids."""
-    rows = list(itertools.product(*axes.values()))
-    ids = ["-".join(str(value) for value in row) for row in rows]
-    return pytest.mark.parametrize(",".join(axes), [pytest.param(*row, id=i) for row, i in zip(rows, ids, strict=True)])
+def grid(slow=lambda *row: False, **axes):
+    """`pytest.mark.parametrize` over the product of the given axes, with readable ids; some rows may be slow."""
+
+    def parameter(row):
+        marks = [pytest.mark.slow] if slow(*row) else []
+        return pytest.param(*row, id="-".join(str(value) for value in row), marks=marks)
+
+    return pytest.mark.parametrize(",".join(axes), [parameter(row) for row in itertools.product(*axes.values())])

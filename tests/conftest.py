@@ -34,3 +34,10 @@ install_import_hook("kfax", "beartype.beartype")
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def release_programs():
+    """Compiled programs are mapped into memory, and Linux allows a process 65,530 such mappings."""
+    yield
+    jax.clear_caches()

@@ -76,7 +76,11 @@ def test_eager_equals_jit(kind):
     assert_close((model, state, info), (expected_model, expected_state, expected_info))
 
 
-@grid(kind=KINDS, model=["mlp-scan", "attention"])
+@grid(
+    slow=lambda kind, model: model == "attention" and kind not in ("adaptive", "amortized"),
+    kind=KINDS,
+    model=["mlp-scan", "attention"],
+)
 def test_jit_equals_scan(kind, model):
     case = make_case(model, "softmax", num_examples=9)
     optimizer = KINDS[kind](case.loss_fn)
@@ -92,7 +96,11 @@ def test_jit_equals_scan(kind, model):
     assert_close((eqx.combine(dynamic, static), state, infos), run(optimizer, case))
 
 
-@grid(kind=["adaptive", "amortized", "random"], model=["mlp", "mlp-scan"])
+@grid(
+    slow=lambda kind, model: model == "mlp-scan" and kind != "amortized",
+    kind=["adaptive", "amortized", "random"],
+    model=["mlp", "mlp-scan"],
+)
 def test_an_ensemble_equals_its_members(kind, model):
     case = make_case(model, "softmax")
     optimizer = KINDS[kind](case.loss_fn)

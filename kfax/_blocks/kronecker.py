@@ -42,6 +42,8 @@ class KroneckerFactored(Block):
             `kfax.Reduce()`. Makes no difference to a layer that is applied once.
         - `max_dim`: the largest dense factor. Of a longer side of V (the inputs of a very wide layer, the classes of
             a large vocabulary) only the diagonal of the factor is kept.
+
+        **Raises:** `ValueError` for something else than that.
         """
         self.sharing, self.max_dim = check_factoring(sharing, max_dim)
 

@@ -43,6 +43,8 @@ class KroneckerSum(Block):
 
         - `sharing`: as for [`kfax.KroneckerFactored`][], for both kinds of uses.
         - `max_dim`: as for [`kfax.KroneckerFactored`][].
+
+        **Raises:** `ValueError` for something else than that.
         """
         self.sharing, self.max_dim = check_factoring(sharing, max_dim)
 

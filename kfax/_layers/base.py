@@ -198,6 +198,8 @@ def masked(module: Model, mask: ArrayLike) -> Model:
     - `mask`: one boolean, true where the call counts.
 
     **Returns:** the module, for one call.
+
+    **Raises:** `ValueError` for a mask that is not one boolean.
     """
 
     def mark(node):

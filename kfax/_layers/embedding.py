@@ -13,7 +13,7 @@ class TaggedEmbedding(TaggedLayer):
 
     Its matrix is `V = Wᵀ`, of shape `(embedding_size, num_embeddings)`, applied to one-hot vectors. Their second
     moment, the factor A, is diagonal: how often each entry occurs in an example. So nothing is ever as large as the
-    square of the vocabulary. Entries that do not occur are left alone by a step.
+    square of the vocabulary. Of entries that do not occur the preconditioned gradient is zero.
 
     An embedding whose matrix is also that of an output head, tied by `equinox.nn.Shared`, has the block
     [`kfax.KroneckerSum`][]: [`kfax.tag`][] sees to it.

@@ -15,7 +15,8 @@ class TaggedModule(TaggedLayer, eqx.nn.StatefulLayer):
 
     For parameters that fit no pattern: a learned query or position table, a reparametrized weight, a spline. All
     parameters of the module form one row, `V` of shape `(1, P)`. Their gradients are computed by running the module
-    once more for each example, in an update of the curvature only.
+    once more for each example, in an update of the curvature and in [`kfax.check`][]; an update takes memory for
+    P numbers of each example.
 
     The module must not call collective operations such as `jax.lax.pmean` (a `BatchNorm`, for instance). To have it
     stacked by `equinox.filter_vmap`, tag it inside the function that is mapped.

@@ -12,7 +12,7 @@ from .base import FactoredOperation, MatrixShape, widen
 class Lookup(FactoredOperation):
     """`y = W[x]` for an integer x: V is the transpose of W, applied to one-hot vectors.
 
-    No array of one-hot vectors is made, but for `input_sums`.
+    One-hot vectors are made by `input_sums` only. Blocks made of gradients need a table for each example.
 
     **Fields:**
 

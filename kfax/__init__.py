@@ -5,16 +5,25 @@ from importlib.metadata import version as _version
 from ._blocks import (
     Block as Block,
     BlockState as BlockState,
+    Cholesky as Cholesky,
     Diagonal as Diagonal,
+    Eigh as Eigh,
     Expand as Expand,
     FactorSizes as FactorSizes,
     Full as Full,
+    GradientBlock as GradientBlock,
+    Inverse as Inverse,
+    Inversion as Inversion,
     KroneckerFactored as KroneckerFactored,
     KroneckerFactors as KroneckerFactors,
     KroneckerSum as KroneckerSum,
+    Product as Product,
+    ProductBlock as ProductBlock,
     Recorded as Recorded,
     Reduce as Reduce,
+    ScaledIdentity as ScaledIdentity,
     Sharing as Sharing,
+    Spectrum as Spectrum,
     UnitWise as UnitWise,
 )
 from ._check import check as check
@@ -29,7 +38,12 @@ from ._estimators import (
     BlockDiagonalCurvature as BlockDiagonalCurvature,
     BlockDiagonalState as BlockDiagonalState,
     CurvatureEstimator as CurvatureEstimator,
+    Eigendecomposition as Eigendecomposition,
+    ExplicitExactCurvature as ExplicitExactCurvature,
+    ExplicitExactState as ExplicitExactState,
+    Hessian as Hessian,
     ImplicitExactCurvature as ImplicitExactCurvature,
+    ImplicitExactState as ImplicitExactState,
 )
 from ._fold import Use as Use
 from ._l2 import L2 as L2
@@ -50,7 +64,16 @@ from ._layers import (
     TaggedPReLU as TaggedPReLU,
 )
 from ._losses import (
+    check_loss as check_loss,
+    function_loss as function_loss,
+    FunctionLoss as FunctionLoss,
+    gaussian_nll as gaussian_nll,
+    GaussianNLL as GaussianNLL,
     Loss as Loss,
+    NaturalLoss as NaturalLoss,
+    Penalty as Penalty,
+    poisson_nll as poisson_nll,
+    PoissonNLL as PoissonNLL,
     sigmoid_cross_entropy as sigmoid_cross_entropy,
     SigmoidCrossEntropy as SigmoidCrossEntropy,
     softmax_cross_entropy as softmax_cross_entropy,
@@ -76,14 +99,18 @@ from ._optimizer import Optimizer as Optimizer, OptimizerState as OptimizerState
 from ._quadratic import QuadraticModel as QuadraticModel
 from ._registry import (
     default_registry as default_registry,
+    parameters_of as parameters_of,
     Registry as Registry,
     set_block as set_block,
     tag as tag,
     untag as untag,
 )
 from ._sources import (
+    CotangentSource as CotangentSource,
     CurvaturePropagation as CurvaturePropagation,
     CurvatureSource as CurvatureSource,
+    EmpiricalFisher as EmpiricalFisher,
+    ExactFisher as ExactFisher,
     ExactGGN as ExactGGN,
     SampledFisher as SampledFisher,
 )

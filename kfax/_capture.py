@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -15,9 +15,12 @@ from ._layers import Borrowed, borrowed, fill_slots, Part, parts
 from ._losses import Loss
 from ._objective import evaluate, Evaluation
 from ._operations import Operation
-from ._registry import split_parameters, trainable
+from ._registry import parameters_of, split_parameters, trainable
 from ._tree import tie
 from ._types import Model, Parameters, PRNGKey, Where
+
+
+Cotangents = tuple[Float[Array, "n ..."], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +40,45 @@ class Reading:
     is_sum: bool
 
 
+class Problem(eqx.Module):
+    """A model with the batch to be run on, and the loss to be computed.
+
+    **Fields:**
+
+    - `loss_fn`, `model`, `batch`, `key`, `model_state`, `frozen`: as for `CurvatureEstimator.update`.
+    """
+
+    loss_fn: Callable
+    model: Model
+    batch: Any
+    key: PRNGKey | None = None
+    model_state: Any = None
+    frozen: Where | None = eqx.field(static=True, default=None)
+
+    @property
+    def parameters(self) -> Parameters:
+        """What is trained of the model."""
+        return parameters_of(self.model, frozen=self.frozen)
+
+    def evaluate(self, parameters: Parameters, slots: Mapping[tuple[str, str], tuple[Slot, ...]] = {}) -> Evaluation:
+        """Calls `loss_fn` on the model with other parameters, and with its slots filled."""
+        rest = eqx.filter(self.model, trainable(self.model, self.frozen), inverse=True)
+        filled = fill_slots(eqx.combine(parameters, rest), slots)
+        return evaluate(self.loss_fn, filled, self.batch, key=self.key, model_state=self.model_state)
+
+
 class Linearization(eqx.Module):
     """A model linearized at its parameters on one batch, ready to be differentiated backwards any number of times.
 
     **Fields:**
 
+    - `problem`: what was run.
     - `evaluation`: the losses, and what else `loss_fn` returned.
     - `weights`: of the examples, divided by their mean; `None` if equal.
-    - `pullback`: from cotangents of the losses' arrays to cotangents of the parameters and of the slots.
+    - `pullback`: from cotangents of the arrays of losses and penalty to cotangents of the parameters and of the slots.
     """
 
+    problem: Problem
     evaluation: Evaluation
     weights: Float[Array, " n"] | None
     pullback: Callable
@@ -56,60 +88,97 @@ class Linearization(eqx.Module):
         return self.evaluation.losses
 
     def gradient(self) -> Parameters:
-        """The gradient of the summed losses in the parameters, also through targets and weights."""
+        """The gradient of the summed losses and penalties in the parameters, also through targets and weights."""
 
-        def value(losses):
-            return Evaluation(losses, None, None).value()
+        def value(terms):
+            losses, penalty = terms
+            return Evaluation(losses, penalty, None, None).value()
 
-        parameters, _ = self.pullback(eqx.filter_grad(value)(self.losses))
+        parameters, _ = self.pullback(eqx.filter_grad(value)((self.losses, self.evaluation.penalty)))
         return parameters
 
-    def observe(self, cotangents: tuple[Float[Array, "n ..."], ...]) -> dict[str, Any]:
+    def observe(self, cotangents: Cotangents) -> dict[str, Any]:
         """What the layers' readings are when the losses' outputs have these cotangents, by path."""
         return self.pullback(self._at_outputs(cotangents))[1]
 
-    def pull(self, cotangents: tuple[Float[Array, "n ..."], ...]) -> tuple[Parameters, dict[str, Any]]:
+    def pull(self, cotangents: Cotangents) -> tuple[Parameters, dict[str, Any]]:
         """The parameters' cotangent together with the readings."""
         return self.pullback(self._at_outputs(cotangents))
 
     def _at_outputs(self, cotangents):
-        """Cotangents of all arrays of the losses, which are zero but for the outputs."""
-        zeros = jax.tree.map(jnp.zeros_like, eqx.filter(self.losses, eqx.is_inexact_array))
-        return eqx.tree_at(lambda losses: [loss.outputs for loss in losses], zeros, list(cotangents))
+        """Cotangents of all arrays of the losses, which are zero but for the outputs, and of the penalty."""
+        terms = (self.losses, self.evaluation.penalty)
+        zeros = jax.tree.map(jnp.zeros_like, eqx.filter(terms, eqx.is_inexact_array))
+        return eqx.tree_at(lambda terms: [loss.outputs for loss in terms[0]], zeros, list(cotangents))
+
+
+class Outputs(eqx.Module):
+    """A model linearized at its parameters on one batch, from parameters to the losses' outputs.
+
+    Both directions come from one reverse-mode linearization: the forward one is the transpose of the backward one, and
+    costs what forward mode costs, but asks for no forward mode of the model.
+
+    **Fields:**
+
+    - `losses`: of the batch.
+    - `pull`: `u -> Jᵀu`.
+    """
+
+    losses: tuple[Loss, ...]
+    pull: Callable[[Cotangents], Parameters]
+
+    def push(self, vector: Parameters) -> Cotangents:
+        """`v -> Jv`."""
+        zeros = tuple(jnp.zeros_like(loss.outputs) for loss in self.losses)
+        return jax.vjp(self.pull, zeros)[1](vector)[0]
+
+
+def linearize_outputs(problem: Problem) -> Outputs:
+    """Runs the model forward with empty slots."""
+
+    def outputs(parameters):
+        losses = problem.evaluate(parameters).losses
+        return tuple(loss.outputs for loss in losses), losses
+
+    _, pullback, losses = eqx.filter_vjp(outputs, problem.parameters, has_aux=True)
+    return Outputs(losses, lambda cotangents: pullback(cotangents)[0])
+
+
+class _Run:
+    """Whether the model is being run forward."""
+
+    def __init__(self):
+        self.active = False
+
+    def __enter__(self):
+        self.active = True
+
+    def __exit__(self, *_):
+        self.active = False
 
 
 def linearize(
-    loss_fn: Callable,
-    model: Model,
-    batch: Any,
-    read: Callable[[Part, int], Reading],
-    *,
-    example_axis: str | None,
-    frozen: Where | None,
-    key: PRNGKey | None,
-    model_state: Any,
+    problem: Problem, read: Callable[[Part, int], Reading] | None = None, *, example_axis: str | None = None
 ) -> Linearization:
     """Runs the model forward with its slots filled.
 
     **Arguments:**
 
-    - `loss_fn`, `model`, `batch`, `key`, `model_state`: see `evaluate`.
+    - `problem`: what to run.
     - `read`: given an operation that has shapes in place of its trained parameters, and the number of examples, says
-        what to read of it.
+        what to read of it. Without it slots stay empty.
     - `example_axis`: the name of the axis that enumerates the examples, or `None` for the outermost one.
-    - `frozen`: what is not trained.
     """
-    parameters, rest = split_parameters(model, frozen)
+    parameters = problem.parameters
 
     def call(parameters, slots):
-        filled = fill_slots(eqx.combine(parameters, rest), slots)
-        evaluation = evaluate(loss_fn, filled, batch, key=key, model_state=model_state)
-        return evaluation.losses, (evaluation.model_state, evaluation.aux)
+        evaluation = problem.evaluate(parameters, slots)
+        return (evaluation.losses, evaluation.penalty), (evaluation.model_state, evaluation.aux)
 
     # Shapes first: slots depend on the number of examples. The values of the weights too, where there are any;
     # what else this computes is not used and is left out under `jit`.
     def unobserved():
-        return call(parameters, {})[0]
+        return call(parameters, {})[0][0]
 
     shapes = eqx.filter_eval_shape(unobserved)
     num_examples = shapes[0].num_examples
@@ -117,36 +186,63 @@ def linearize(
     if any(loss.weighting.is_weighted for loss in shapes):
         weights = jax.lax.stop_gradient(_example_weights(unobserved()))
 
-    external = (loss_fn, model, batch, key, model_state)
-    loans: dict[str, list[Borrowed]] = {}
-    for loan in borrowed(model, trainable(model, frozen)):
-        loans.setdefault(loan.owner, []).append(loan)
-    values, uses = {}, {}
-    for part in parts(eqx.filter_eval_shape(lambda: parameters)).values():
-        reading = read(part, num_examples)
-        values[part.key] = tie(reading.zeros, external)
-        make = functools.partial(_slot, part, reading, example_axis, num_examples, weights)
-        uses.setdefault((part.path, part.name), []).append((part.key, make(part.path, part.operation)))
-        for other in loans.get(part.key, ()):
-            uses.setdefault((other.path, other.name), []).append((part.key, make(other.path, other.operation)))
+    run, values, uses = _Run(), {}, {}
+    if read is not None:
+        make = functools.partial(_slot, example_axis, num_examples, weights, run)
+        values, uses = _slots(problem, lambda part: read(part, num_examples), make)
 
     def observed(parameters, values):
         filled = {
             place: tuple(dataclasses.replace(slot, value=values[key]) for key, slot in slots)
             for place, slots in uses.items()
         }
-        return call(parameters, filled)
+        with run:
+            return call(parameters, filled)
 
-    losses, pullback, (state, aux) = eqx.filter_vjp(observed, parameters, values, has_aux=True)
-    return Linearization(Evaluation(losses, state, aux), weights, pullback)
+    try:
+        terms, pullback, (state, aux) = eqx.filter_vjp(observed, parameters, values, has_aux=True)
+    except TypeError as error:
+        # What JAX says of a jvp through `observe`.
+        if "forward-mode" not in str(error):
+            raise
+        raise ValueError(f"`loss_fn` differentiates a tagged layer. {_NOT_DIFFERENTIATED}") from error
+    return Linearization(problem, Evaluation(*terms, state, aux), weights, pullback)
+
+
+_NOT_DIFFERENTIATED = (
+    "Curvature of losses that contain derivatives of the model (by its inputs, for instance) is not supported: the "
+    "layers would be observed in the wrong pass. If only a derivative's value is needed, as for an adversarial "
+    "example, take it of `kfax.untag(model)`, with `jax.lax.stop_gradient` of the result. "
+    "`kfax.ImplicitExactCurvature()` has no such limit."
+)
+
+
+def _slots(
+    problem: Problem, read: Callable[[Part], Reading], make: Callable[[Part, Reading, str, Operation], Slot]
+) -> tuple[dict[str, PyTree[Array]], dict[tuple[str, str], list[tuple[str, Slot]]]]:
+    """The slots' values by part, and for each place in the model its slots, with the parts that they belong to."""
+    model, frozen = problem.model, problem.frozen
+    split_parameters(model, frozen)  # every parameter needs a block
+    loans: dict[str, list[Borrowed]] = {}
+    for loan in borrowed(model, trainable(model, frozen)):
+        loans.setdefault(loan.owner, []).append(loan)
+    values, uses = {}, {}
+    for part in parts(eqx.filter_eval_shape(lambda: problem.parameters)).values():
+        reading = read(part)
+        values[part.key] = tie(reading.zeros, problem)
+        for place in (part, *loans.get(part.key, ())):
+            slot = make(part, reading, place.path, place.operation)
+            uses.setdefault((place.path, place.name), []).append((part.key, slot))
+    return values, uses
 
 
 def _slot(
-    part: Part,
-    reading: Reading,
     example_axis: str | None,
     num_examples: int,
     weights: Float[Array, " n"] | None,
+    run: _Run,
+    part: Part,
+    reading: Reading,
     path: str,
     operation: Operation,
 ) -> Slot:
@@ -165,11 +261,15 @@ def _slot(
             )
         return found
 
+    def on_backward():
+        if run.active:  # a backward pass within the forward pass
+            raise ValueError(f"`loss_fn` differentiates the layer at `{path}`. {_NOT_DIFFERENTIATED}")
+
     stack, expected = part.operation.shape().stack, jax.tree.leaves(reading.zeros)
     stacked = None if weights is None else jnp.broadcast_to(weights, (*stack, num_examples))
     axis = ExampleAxis(example_axis, num_examples, reading.is_sum and weights is None, path)
     ndim = jax.tree.leaves(reading.zeros)[0].ndim - len(stack)
-    return Slot(reading.zeros, stacked, statistic, axis, ndim)
+    return Slot(reading.zeros, stacked, statistic, axis, ndim, on_backward)
 
 
 def _observed(part: Part, operation: Operation, use: Use) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._capture import linearize, Reading
+from ._capture import linearize, Problem, Reading
 from ._layers import Part, to_matrices
 from ._types import Model, PRNGKey, Where
 
@@ -71,16 +71,8 @@ def check(
 def _compare(arguments, example_axis, frozen) -> tuple[Array, dict[str, Float[Array, ""]]]:
     """The loss, and for each layer the relative gap between the two gradients, or zero if within rounding."""
     loss_fn, model, batch, key, model_state = arguments
-    linearization = linearize(
-        loss_fn,
-        model,
-        batch,
-        _read_gradient,
-        example_axis=example_axis,
-        frozen=frozen,
-        key=key,
-        model_state=model_state,
-    )
+    problem = Problem(loss_fn, model, batch, key, model_state, frozen)
+    linearization = linearize(problem, _read_gradient, example_axis=example_axis)
     losses = linearization.losses
     keys = jax.random.split(jax.random.key(0), len(losses))
     shapes = [loss.outputs for loss in losses]

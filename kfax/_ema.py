@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 from ._tree import zeros_like
 from ._types import Scalar
@@ -12,13 +12,13 @@ from ._types import Scalar
 class MovingAverage(eqx.Module):
     """An exponentially weighted mean of the values seen so far.
 
-    After values `x_1 ... x_k` it holds `Σ ε^(k-i) x_i / Σ ε^(k-i)`: with decay `ε = 1` the plain mean, and for any
-    `ε` exactly `x_1` after one value, so no start-up correction is ever needed.
+    After values `x_1 ... x_k` of weights `w_i` it holds `Σ ε^(k-i) w_i x_i / Σ ε^(k-i) w_i`: with decay `ε = 1` the
+    plain weighted mean, and for any `ε` exactly `x_1` after one value, so no start-up correction is ever needed.
 
     **Fields:**
 
     - `value`: the mean; zeros before the first update.
-    - `weight`: `Σ ε^(k-i)`, zero before the first update.
+    - `weight`: `Σ ε^(k-i) w_i`, zero before the first update.
     """
 
     value: PyTree[Array]
@@ -26,9 +26,10 @@ class MovingAverage(eqx.Module):
 
     @classmethod
     def zeros(cls, like: PyTree[Array]) -> "MovingAverage":
-        return cls(zeros_like(like), jnp.zeros((), jnp.float32))
+        return cls(zeros_like(like), jnp.zeros((), jnp.result_type(float)))
 
-    def update(self, new: PyTree[Array], decay: Scalar) -> "MovingAverage":
-        weight = decay.astype(self.weight.dtype) * self.weight + 1
-        value = jax.tree.map(lambda old, x: old + (x - old) / weight.astype(old.dtype), self.value, new)
-        return MovingAverage(value, weight)
+    def update(self, new: PyTree[Array], decay: Scalar, weight: ArrayLike = 1) -> "MovingAverage":
+        total = decay.astype(self.weight.dtype) * self.weight + weight
+        share = jnp.where(total > 0, weight / jnp.where(total > 0, total, 1), 0)
+        value = jax.tree.map(lambda old, x: old + (x - old) * share.astype(old.dtype), self.value, new)
+        return MovingAverage(value, total)

@@ -145,6 +145,7 @@ class Slot(eqx.Module):
     - `statistic`: from a `Use` to something like `value`.
     - `axis`: which mapped axis enumerates the examples.
     - `ndim`: how many axes the first array in `value` has for a single layer, without stack axes.
+    - `on_backward`: called when a backward pass begins to be traced; may raise an error.
     - `present`: whether the next call counts, as told by [`kfax.masked`][]; `None` if it does. Carries the same stack
         axes as `value`.
     """
@@ -154,6 +155,7 @@ class Slot(eqx.Module):
     statistic: Callable[[Use], PyTree[Array]] = eqx.field(static=True)
     axis: ExampleAxis = eqx.field(static=True)
     ndim: int = eqx.field(static=True, default=0)
+    on_backward: Callable[[], None] = eqx.field(static=True, default=lambda: None)
     present: Bool[Array, "*stack"] | None = None
 
     def masked(self, mask: Bool[Array, ""]) -> "Slot":
@@ -192,6 +194,7 @@ def _observer(slot: Slot, x_ndims: PyTree[int], y_ndims: PyTree[int]) -> Callabl
         return _depend(y, marker), (x, value, weights, marker, present, context)
 
     def backward(residuals, dy):
+        slot.on_backward()
         x, value, weights, marker, present, context = residuals
         statistic = fold(value, weights, marker, present, context, x, dy)
         cotangent = jax.tree.map(lambda v, s: jnp.asarray(s, v.dtype), value, statistic)

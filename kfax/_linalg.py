@@ -33,25 +33,31 @@ def as_dense(factor: Float[Array, "..."], ndim: int) -> Float[Array, "*leading d
     return factor[..., None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)
 
 
-def as_matrices(
-    factor: Float[Array, "..."], ndim: int
-) -> Float[Array, "*leading d d"] | Float[Array, "*leading d 1 1"]:
-    """A factor as matrices to be inverted: itself, or those of one entry that a diagonal consists of."""
-    return factor[..., None, None] if is_diagonal(factor, ndim) else factor
+def diagonal(factor: Float[Array, "..."], ndim: int) -> Float[Array, "*leading d"]:
+    """The diagonal of a factor with `ndim` leading axes."""
+    return factor if is_diagonal(factor, ndim) else jnp.diagonal(factor, axis1=-2, axis2=-1)
+
+
+def transpose(matrix: Float[Array, "*leading d e"] | None) -> Float[Array, "*leading e d"] | None:
+    return None if matrix is None else jnp.swapaxes(matrix, -1, -2)
 
 
 def sandwich(
-    left: Float[Array, "..."], vector: Float[Array, "*leading d_g d_a"], right: Float[Array, "..."]
+    left: Float[Array, "..."] | None, vector: Float[Array, "*leading d_g d_a"], right: Float[Array, "..."] | None
 ) -> Float[Array, "*leading d_g d_a"]:
-    """`L V R`, where either factor may be the diagonal of a diagonal matrix."""
+    """`L V R`, where either factor may be the diagonal of a diagonal matrix, or `None` for the identity."""
     ndim = vector.ndim - 2
-    vector = left[..., :, None] * vector if is_diagonal(left, ndim) else matmul(left, vector)
-    return vector * right[..., None, :] if is_diagonal(right, ndim) else matmul(vector, right)
+    if left is not None:
+        vector = left[..., :, None] * vector if is_diagonal(left, ndim) else matmul(left, vector)
+    if right is not None:
+        vector = vector * right[..., None, :] if is_diagonal(right, ndim) else matmul(vector, right)
+    return vector
 
 
-def shift(matrix: Float[Array, "*stack d d"], by: Float[Array, "*stack"] | Scalar) -> Float[Array, "*stack d d"]:
-    """Adds a multiple of the identity."""
-    return matrix + jnp.asarray(by, matrix.dtype)[..., None, None] * jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+def shift(factor: Float[Array, "..."], by: Scalar, ndim: int) -> Float[Array, "..."]:
+    """Adds a multiple of the identity to a factor with `ndim` leading axes."""
+    by = by.astype(factor.dtype)
+    return factor + (by if is_diagonal(factor, ndim) else by * jnp.eye(factor.shape[-1], dtype=factor.dtype))
 
 
 def psd_inverse(matrix: Float[Array, "*stack d d"]) -> Float[Array, "*stack d d"]:
@@ -65,6 +71,14 @@ def psd_inverse(matrix: Float[Array, "*stack d d"]) -> Float[Array, "*stack d d"
     eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
     root = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
     return matmul(jnp.swapaxes(root, -1, -2), root)
+
+
+def eigh(matrix: Float[Array, "*stack d d"]) -> tuple[Float[Array, "*stack d"], Float[Array, "*stack d d"]]:
+    """Eigenvalues and eigenvectors (as columns) of (a stack of) symmetric matrices: about 9 d³ multiply-adds each."""
+    if matrix.shape[-1] == 1:
+        return matrix[..., 0], jnp.ones_like(matrix)
+    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    return values, vectors
 
 
 def diagonalize_both(
@@ -95,26 +109,25 @@ def after(array: Array, previous: PyTree[Array]) -> Array:
     return jnp.where(sum(firsts) == -jnp.inf, jnp.nan, array) if firsts else array
 
 
-def by_size(function: Callable[[Array], Array], matrices: Sequence[Array]) -> list[Array]:
-    """Applies `function`, which inverts a stack of matrices, once for each size and dtype among `matrices`.
+def by_size(function: Callable[[Array], PyTree[Array]], matrices: Sequence[Array], previous: PyTree = None) -> list:
+    """Applies `function`, which factorizes a stack of matrices, once for each size and dtype among `matrices`.
 
     Fewer, larger calls: a smaller program to compile, and batched kernels on accelerators. Each call waits for the one
-    before: see `after`.
+    before, and the first for `previous`: see `after`.
     """
     groups: dict[tuple, list[int]] = {}
     for i, matrix in enumerate(matrices):
         groups.setdefault((matrix.shape[-1], matrix.dtype), []).append(i)
     results: list = [None] * len(matrices)
-    previous = None
     for (size, _), members in groups.items():
         stacks = [matrices[i].reshape(-1, size, size) for i in members]
         stacked = jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0]
-        if previous is not None:
-            stacked = after(stacked, previous)
-        out = previous = function(stacked)
+        out = previous = function(after(stacked, previous))
         start = 0
         for i, stack in zip(members, stacks, strict=True):
-            results[i] = out[start : start + len(stack)].reshape(matrices[i].shape)
+            part = slice(start, start + len(stack))
+            leading = matrices[i].shape[:-2]
+            results[i] = jax.tree.map(lambda x, p=part, s=leading: x[p].reshape(*s, *x.shape[1:]), out)
             start += len(stack)
     return results
 
@@ -157,5 +170,4 @@ def damp_factors(
 
 
 def _mean_eigenvalue(factor: Float[Array, "..."], ndim: int) -> Float[Array, "*leading"]:
-    diagonal = factor if is_diagonal(factor, ndim) else jnp.diagonal(factor, axis1=-2, axis2=-1)
-    return jnp.mean(diagonal, axis=-1)
+    return jnp.mean(diagonal(factor, ndim), axis=-1)

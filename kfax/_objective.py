@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ._losses import Loss
+from ._losses import Loss, Penalty
 from ._types import Model, PRNGKey, Scalar
 
 
@@ -18,11 +18,13 @@ class Evaluation(eqx.Module):
     **Fields:**
 
     - `losses`: one or more losses of the same examples.
+    - `penalty`: the sum of the terms without curvature, in at least float32.
     - `model_state`: the new state, or `None` if `loss_fn` takes none.
     - `aux`: whatever else it returned.
     """
 
     losses: tuple[Loss, ...]
+    penalty: Scalar
     model_state: Any
     aux: Any
 
@@ -31,8 +33,8 @@ class Evaluation(eqx.Module):
         return self.losses[0].num_examples
 
     def value(self) -> Scalar:
-        """The sum of all losses, in at least float32."""
-        return sum((loss.value() for loss in self.losses[1:]), self.losses[0].value())
+        """The sum of all losses and penalties, in at least float32."""
+        return sum((loss.value() for loss in self.losses), self.penalty)
 
 
 def evaluate(
@@ -40,8 +42,9 @@ def evaluate(
 ) -> Evaluation:
     """Calls `loss_fn(model, batch)`, with `key` and `model_state` if it has parameters of these names.
 
-    It must return a [`kfax.Loss`][], or a list or dictionary of losses, or a tuple of that and more:
-    `(losses, aux)`; or, if it takes a `model_state`, `(losses, model_state)` or `(losses, model_state, aux)`.
+    It must return a [`kfax.Loss`][], or a list or dictionary of losses, among which may be penalties
+    ([`kfax.Penalty`][]), or a tuple of that and more: `(losses, aux)`; or, if it takes a `model_state`,
+    `(losses, model_state)` or `(losses, model_state, aux)`.
     """
     names = inspect.signature(loss_fn).parameters
     arguments = {}
@@ -72,22 +75,35 @@ def evaluate(
         )
     state = extra[0] if takes_state else None
     aux = extra[-1] if len(extra) == largest else None
-    return Evaluation(_as_losses(losses), state, aux)
+    losses, penalty = _split(losses)
+    return Evaluation(losses, penalty, state, aux)
+
+
+def _terms(x: Any) -> list[Any]:
+    return jax.tree.leaves(x, is_leaf=lambda node: isinstance(node, Loss | Penalty))
 
 
 def _is_losses(x: Any) -> bool:
-    leaves = jax.tree.leaves(x, is_leaf=lambda node: isinstance(node, Loss))
-    return bool(leaves) and all(isinstance(leaf, Loss) for leaf in leaves)
+    terms = _terms(x)
+    return bool(terms) and all(isinstance(term, Loss | Penalty) for term in terms)
 
 
-def _as_losses(x: Any) -> tuple[Loss, ...]:
+def _split(x: Any) -> tuple[tuple[Loss, ...], Scalar]:
+    """The losses, and the sum of the penalties."""
     if not _is_losses(x):
         raise ValueError(
             f"`loss_fn` must return a kfax Loss, but it returned {_describe(x)}. Return the object that "
             "`kfax.softmax_cross_entropy(logits, labels)`, `kfax.sigmoid_cross_entropy` or `kfax.squared_error` makes, "
-            "for the whole batch: kfax needs the outputs, not only the loss's value."
+            "for the whole batch: kfax needs the outputs, not only the loss's value. Any other loss of the outputs is "
+            "made by `kfax.function_loss`."
         )
-    losses = tuple(jax.tree.leaves(x, is_leaf=lambda node: isinstance(node, Loss)))
+    terms = _terms(x)
+    losses = tuple(term for term in terms if isinstance(term, Loss))
+    if not losses:
+        raise ValueError(
+            "`loss_fn` returned penalties only, which have no curvature. Return at least one kfax Loss, such as "
+            "`kfax.softmax_cross_entropy(logits, labels)`, next to them."
+        )
     for loss in losses:
         if jnp.ndim(loss.outputs) == 0:
             raise ValueError("A loss was made inside `jax.vmap`. Make it outside, of the outputs of the whole batch.")
@@ -97,7 +113,8 @@ def _as_losses(x: Any) -> tuple[Loss, ...]:
             f"All losses must have the same examples on axis 0 of their outputs, but these have {sorted(sizes)}. "
             "Leave examples out of a loss by `weights` or `mask`."
         )
-    return losses
+    dtype = jnp.result_type(jnp.float32, *(loss.outputs for loss in losses))
+    return losses, sum((term.value for term in terms if isinstance(term, Penalty)), jnp.zeros((), dtype))
 
 
 def _describe(x: Any) -> str:

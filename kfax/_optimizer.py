@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
-from ._capture import Linearization
+from ._capture import Linearization, Problem
 from ._check import check
 from ._damping import as_damping_rule, DampingRule
 from ._estimators import BlockDiagonalCurvature, CurvatureEstimator, ImplicitExactCurvature
 from ._l2 import L2
 from ._layers import parts
-from ._objective import evaluate
 from ._quadratic import PlaneModel, QuadraticModel
 from ._registry import split_parameters
 from ._scalars import positive, scalar, scheduled
@@ -200,19 +199,17 @@ class Optimizer(eqx.Module):
         parameters, _ = split_parameters(model, self.frozen)
         _check_state(state, parameters)
         loss_key, source_key = (None, None) if key is None else jax.random.split(key)
-        inputs = {"key": loss_key, "model_state": model_state}
-        linearization = self.estimator.linearize(self.loss_fn, model, batch, frozen=self.frozen, **inputs)
+        problem = Problem(self.loss_fn, model, batch, loss_key, model_state, self.frozen)
+        linearization = self.estimator.linearize(problem)
         mask = self.l2.mask(model, parameters)
         now = _Present(
-            model=model,
-            batch=batch,
-            inputs=inputs,
+            linearization=linearization,
             mask=mask,
             loss=linearization.evaluation.value() + self.l2.value(mask, parameters),
             gradient=combine((1, 1), (linearization.gradient(), self.l2.multiply(mask, parameters))),
             damping=self.damping.value(state.damping, state.step) if damping is None else positive("damping", damping),
         )
-        curvature = self._estimate(now, state, linearization, parameters, source_key)
+        curvature = self._estimate(now, state, parameters, source_key)
         given = (
             _choose("learning_rate", self.learning_rate, learning_rate, state.step),
             _choose("momentum", self.momentum, momentum, state.step),
@@ -256,14 +253,13 @@ class Optimizer(eqx.Module):
         self,
         now: "_Present",
         state: OptimizerState,
-        linearization: Linearization,
         parameters: Parameters,
         key: PRNGKey | None,
     ) -> Any:
         """The curvature with this batch in it, and its inverses, each if it is due."""
         curvature = cond(
             _is_due(state.step, self.curvature_update_period),
-            lambda: self.estimator.fold(state.curvature, linearization, parameters, key),
+            lambda: self.estimator.fold(state.curvature, now.linearization, key),
             lambda: state.curvature,
         )
         damping = {path: now.damping + eta for path, eta in self.l2.by_layer(now.mask, parameters).items()}
@@ -281,7 +277,8 @@ class Optimizer(eqx.Module):
         if learning_rate is not None and momentum is not None:
             return (learning_rate, momentum), None
         exact = ImplicitExactCurvature()
-        gram = exact.gram(self.loss_fn, now.model, now.batch, directions, frozen=self.frozen, **now.inputs)
+        batch = exact.fold(exact.init(now.problem.model, frozen=self.frozen), now.linearization, None)
+        gram = exact.gram(batch, directions)
         l2 = _table(directions, tuple(self.l2.multiply(now.mask, v) for v in directions))
         slopes = jnp.stack([dot(now.gradient, v) for v in directions])
         plane = PlaneModel(gram + l2, _table(directions, directions), slopes)
@@ -304,7 +301,7 @@ class Optimizer(eqx.Module):
         def measure():
             change = self._approximate_change(now, curvature, update) if predicted is None else predicted
             new_parameters, _ = split_parameters(new_model, self.frozen)
-            after = evaluate(self.loss_fn, new_model, now.batch, **now.inputs).value()
+            after = now.problem.evaluate(new_parameters).value()
             after = after + self.l2.value(now.mask, new_parameters)
             ratio = (after - now.loss) / change
             return self.damping.update(now.damping, ratio), change.astype(dtype), ratio.astype(dtype)
@@ -322,15 +319,17 @@ class Optimizer(eqx.Module):
 
 
 class _Present(eqx.Module):
-    """What is known at the start of a step and needed by its parts; `inputs` are `loss_fn`'s optional arguments."""
+    """What is known at the start of a step and needed by its parts."""
 
-    model: Model
-    batch: Any
-    inputs: dict[str, Any]
+    linearization: Linearization
     mask: PyTree[bool]
     loss: Scalar
     gradient: Parameters
     damping: Scalar
+
+    @property
+    def problem(self) -> Problem:
+        return self.linearization.problem
 
 
 def _coefficient(name: str, value: Any) -> Coefficient:

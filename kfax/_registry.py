@@ -212,6 +212,19 @@ def untag(model: Model) -> Model:
     return jax.tree.map(lambda node: node.layer if is_tagged(node) else node, model, is_leaf=is_tagged)
 
 
+def parameters_of(model: Model, *, frozen: Where | None = None) -> Parameters:
+    """What is trained of a model: the PyTree that gradients, and the vectors of all estimators, are like.
+
+    **Arguments:**
+
+    - `model`: tagged or not.
+    - `frozen`: as in [`kfax.tag`][].
+
+    **Returns:** the model with `None` in place of everything else, such as integers, functions and what is frozen.
+    """
+    return eqx.filter(model, trainable(model, frozen))
+
+
 def split_parameters(model: Model, frozen: Where | None) -> tuple[Parameters, Model]:
     """Parts a tagged model into the parameters to be trained and the rest, as `eqx.partition` does.
 

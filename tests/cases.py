@@ -17,24 +17,68 @@ import kfax
 
 @dataclasses.dataclass(frozen=True)
 class LossCase:
-    """A loss of kfax and the same of one example, written out."""
+    """A loss of kfax and the same of one example, written out; and which of its curvature is known."""
 
     name: str
     make: Callable
     one: Callable
     targets: Callable  # (key, shape of outputs) -> targets
+    has_ggn: bool = True
+    has_fisher: bool = True
+    has_samples: bool = True
 
 
 def _labels(key, shape):
     return jax.random.randint(key, shape[:-1], 0, shape[-1])
 
 
+def _real(key, shape):
+    return jax.random.normal(key, shape)
+
+
+# The losses with which layers, blocks and estimators are tested.
 LOSSES = {
     case.name: case
     for case in [
         LossCase("softmax", kfax.softmax_cross_entropy, reference.softmax_loss, _labels),
         LossCase("sigmoid", kfax.sigmoid_cross_entropy, reference.sigmoid_loss, lambda k, s: jax.random.uniform(k, s)),
-        LossCase("squared", kfax.squared_error, reference.squared_loss, lambda k, s: jax.random.normal(k, s)),
+        LossCase("squared", kfax.squared_error, reference.squared_loss, _real),
+    ]
+}
+
+
+def _gaussian_nll(outputs, targets, **options):
+    means, log_variances = jnp.split(outputs, 2, axis=-1)
+    return kfax.gaussian_nll(means, log_variances, targets, **options)
+
+
+def _function_softmax(outputs, labels, **options):
+    def sample(key, f):
+        return jax.random.categorical(key, f)
+
+    return kfax.function_loss(reference.softmax_loss, outputs, labels, sample=sample, **options)
+
+
+def _function_quartic(outputs, targets, **options):
+    return kfax.function_loss(reference.quartic_loss, outputs, targets, **options)
+
+
+# The same and all others, for the tests of losses and sources.
+ALL_LOSSES = LOSSES | {
+    case.name: case
+    for case in [
+        LossCase("poisson", kfax.poisson_nll, reference.poisson_loss, lambda k, s: 1.0 * jax.random.poisson(k, 2.0, s)),
+        LossCase(
+            "gaussian_nll",
+            _gaussian_nll,
+            reference.gaussian_nll_loss,
+            lambda k, s: _real(k, (*s[:-1], s[-1] // 2)),
+            has_ggn=False,
+        ),
+        LossCase("function-softmax", _function_softmax, reference.softmax_loss, _labels, has_fisher=False),
+        LossCase(
+            "function-quartic", _function_quartic, reference.quartic_loss, _real, has_fisher=False, has_samples=False
+        ),
     ]
 }
 
@@ -140,7 +184,7 @@ def grid(slow=lambda *row: False, **axes):
     """`pytest.mark.parametrize` over the product of the given axes, with readable ids; some rows may be slow."""
 
     def parameter(row):
-        marks = [pytest.mark.slow] if slow(*row) else []
+        marks = [pytest.mark.combination, *([pytest.mark.slow] if slow(*row) else [])]
         return pytest.param(*row, id="-".join(str(value) for value in row), marks=marks)
 
     return pytest.mark.parametrize(",".join(axes), [parameter(row) for row in itertools.product(*axes.values())])

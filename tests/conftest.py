@@ -1,5 +1,6 @@
 """Every test runs with shapes and types checked at run time, in float64, on four CPU devices."""
 
+import collections
 import os
 import sys
 
@@ -41,3 +42,12 @@ def release_programs():
     """Compiled programs are mapped into memory, and Linux allows a process 65,530 such mappings."""
     yield
     jax.clear_caches()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many rows of the tables of cases ran."""
+    passed = [r for r in terminalreporter.stats.get("passed", []) if "combination" in r.keywords]
+    by_file = collections.Counter(report.nodeid.partition("::")[0].removeprefix("tests/") for report in passed)
+    if by_file:
+        counts = ", ".join(f"{name} {number}" for name, number in sorted(by_file.items()))
+        terminalreporter.write_line(f"{len(passed)} combinations of the tables of cases passed: {counts}")

@@ -20,6 +20,26 @@ def squared_loss(f, y):
     return jnp.sum((f - y) ** 2)
 
 
+def poisson_loss(f, y):
+    return jnp.sum(jnp.exp(f) - y * f)
+
+
+def gaussian_nll_loss(f, y):
+    mean, log_variance = jnp.split(f, 2, axis=-1)
+    return jnp.sum(log_variance + (y - mean) ** 2 / jnp.exp(log_variance)) / 2
+
+
+def gaussian_nll_fisher(f):
+    """Of the raveled outputs at one position."""
+    mean, log_variance = jnp.split(f, 2)
+    return jnp.diag(jnp.concatenate([jnp.exp(-log_variance), jnp.full_like(mean, 0.5)]))
+
+
+def quartic_loss(f, y):
+    """Convex, and coupled within a position."""
+    return jnp.sum((f - y) ** 4) + jnp.sum(jnp.sum(f, axis=-1) ** 2)
+
+
 def output_hessians(loss, outputs, targets):
     """`(n, c, c)`, with the outputs of one example raveled."""
 

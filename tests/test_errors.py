@@ -265,6 +265,64 @@ def test_a_mismatch_is_found_under_jit_too():
         jax.block_until_ready(eqx.filter_jit(k.step)(model, state, batch, key=jax.random.key(0)))
 
 
+def _derivatives():
+    """Ways in which a `loss_fn` takes derivatives of a model by its inputs."""
+
+    def along(model, x):
+        return jax.jvp(lambda z: model(z)[0], (x,), (jnp.ones_like(x),))[1]
+
+    def gradient(model, x):
+        return jnp.sum(jax.grad(lambda z: model(z)[0])(x) ** 2)
+
+    def laplacian(model, x):
+        return jnp.trace(jax.hessian(lambda z: model(z)[0])(x))
+
+    def jacobian(model, x):
+        return jnp.sum(jax.jacfwd(model)(x) ** 2)
+
+    return {f.__name__: f for f in (along, gradient, laplacian, jacobian)}
+
+
+@pytest.mark.parametrize("rematerialized", [False, True])
+@pytest.mark.parametrize("name", _derivatives())
+def test_losses_with_derivatives_by_the_inputs(name, rematerialized, case):
+    derivative = _derivatives()[name]
+    if rematerialized:
+        derivative = eqx.filter_checkpoint(derivative)
+
+    def loss_fn(model, batch):
+        return kfax.squared_error(jax.vmap(lambda x: derivative(model, x))(batch[0]), jnp.zeros(6))
+
+    estimator = kfax.BlockDiagonalCurvature(kfax.ExactGGN())
+    culprit = "a tagged layer" if name in ("along", "jacobian") else r"the layer at `\.layers\[\d\]`"
+    message = rf"`loss_fn` differentiates {culprit}\. (?s:.*)kfax\.untag(?s:.*)ImplicitExactCurvature"
+    for run in (
+        lambda: eqx.filter_jit(estimator.update)(estimator.init(case.model), loss_fn, case.model, case.batch),
+        lambda: optimizer(loss_fn).init(case.model, case.batch),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run()
+
+
+def test_derivatives_of_which_only_the_value_matters(case):
+    """An adversarial example, made as the message says."""
+
+    def attack(model, x):
+        model = kfax.untag(model)
+        return x + 0.1 * jax.lax.stop_gradient(jnp.sign(jax.grad(lambda z: model(z)[0])(x)))
+
+    def loss_fn(model, batch):
+        return kfax.softmax_cross_entropy(jax.vmap(lambda x: model(attack(model, x)))(batch[0]), batch[1])
+
+    kfax.check(loss_fn, case.model, case.batch)
+    moved = jax.vmap(lambda x: attack(case.model, x))(case.x)
+    estimator = kfax.BlockDiagonalCurvature(kfax.ExactGGN())
+    within = estimator.update(estimator.init(case.model), loss_fn, case.model, case.batch)
+    before = estimator.update(estimator.init(case.model), case.loss_fn, case.model, (moved, case.y))
+    for found, expected in zip(jax.tree.leaves(within), jax.tree.leaves(before), strict=True):
+        assert jnp.allclose(found, expected, rtol=1e-12)
+
+
 MISTAKES = """
 import equinox as eqx, jax, jax.numpy as jnp, kfax
 linear = eqx.nn.Linear(2, 3, key=jax.random.key(0))
@@ -280,6 +338,9 @@ mistakes = {
     "wraps an `equinox.nn.Linear`, got LayerNorm": lambda: kfax.TaggedLinear(eqx.nn.LayerNorm(3)),
     "`block` must be a block, such as `kfax.KroneckerFactored()`": lambda: kfax.TaggedLinear(linear, block="kfac"),
     "`sharing` must be `kfax.Expand()` or `kfax.Reduce()`": lambda: kfax.KroneckerFactored("reduce"),
+    "`inversion` must be `kfax.Cholesky()` or `kfax.Eigh()`, got 'eigh'": lambda: kfax.Full(inversion="eigh"),
+    "`inversion` must be `kfax.Cholesky()`": lambda: kfax.KroneckerFactored(inversion=None),
+    "`source` must be a curvature source, or `kfax.Hessian()`": lambda: kfax.ImplicitExactCurvature(None),
     "`source` must be a curvature source, such as `kfax.ExactGGN()`": lambda: kfax.BlockDiagonalCurvature("ggn"),
     "as an array of real floating-point numbers, got float": lambda: kfax.squared_error(1.0, 2.0),
 }
@@ -298,4 +359,4 @@ def test_objects_of_the_wrong_type():
     """In a process of its own, without the run-time type checker, as a user has it."""
     result = subprocess.run([sys.executable, "-W", "error", "-c", MISTAKES], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "10 mistakes\n"
+    assert result.stdout == "13 mistakes\n"

@@ -13,7 +13,10 @@ VARIANTS = {
     "autoencoder": [[], ["--batch-size", "64"], ["--data", "curves"]],
     "transformer": [[]],
     "convnet": [[]],
+    "curvature_spectrum": [["--width", "20"], []],
 }
+# What is printed, if not a comparison of optimizers.
+PRINTED = {"curvature_spectrum": ("K-FAC", "exact GGN", "full blocks", "trace")}
 # Of an example with several variants all but the last are slow.
 RUNS = [
     pytest.param(path, options, id=" ".join([path.stem, *options]), marks=[] if options is last else [pytest.mark.slow])
@@ -30,7 +33,7 @@ def test_smoke(path, options, tmp_path):
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "plot.png").stat().st_size > 10_000
-    assert "K-FAC" in result.stdout and "Adam" in result.stdout and "compile s" in result.stdout
+    assert all(word in result.stdout for word in PRINTED.get(path.stem, ("K-FAC", "Adam", "compile s")))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -1,5 +1,6 @@
 """Every layer of `equinox.nn`: it has a block, is left as it is, and its block is what it should be."""
 
+import dataclasses
 import inspect
 
 import equinox as eqx
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from cases import grid
 from helpers import assert_close, parameters
+from jax.flatten_util import ravel_pytree
 from layers import CONTAINERS, LAYERS, REPARAMETRIZATIONS, WITHOUT_PARAMETERS
 from reference import ggn
 
@@ -131,6 +133,54 @@ def test_gradient_blocks_are_exact_in_what_they_keep(name, block, axis):
     operation, unit = same_operation(case)
     kept = {"full": operation, "unit-wise": unit, "diagonal": jnp.eye(size, dtype=bool)}[block]
     assert_close(found, jnp.where(kept, exact_block(case), 0))
+
+
+@grid(slow=lambda name, block: name not in SOME_LAYERS, name=LAYERS, block=["default", "identity", "full"])
+def test_inverse_power_and_determinant_of_every_layer(name, block):
+    """Whatever the block's view of the layer: stacks, groups, several operations."""
+    chosen = {"default": None, "identity": kfax.ScaledIdentity(), "full": kfax.Full(inversion=kfax.Eigh())}[block]
+    case = LAYERS[name].build()
+    if chosen is not None:  # of all layers
+        case = dataclasses.replace(case, model=kfax.set_block(case.model, lambda m: m, chosen))
+    estimator, state = update(case, "batch")
+    p = kfax.parameters_of(case.model)
+    flat, unravel = ravel_pytree(p)
+    matrix, v = estimator.to_dense(state, p), jnp.cos(jnp.arange(flat.size))
+    if block == "identity":
+        layer = to_matrices(estimator.diagonal(state, p))
+        exact = to_matrices(_exact_diagonal(case, p))
+        for key, diagonal in layer.items():
+            mean = jnp.mean(exact[key], axis=(-2, -1), keepdims=True)
+            assert_close(diagonal, jnp.broadcast_to(mean, diagonal.shape))
+
+    @eqx.filter_jit
+    def run(state, v):
+        spectrum = estimator.decompose(state, p)
+        solved = estimator.solve(estimator.refresh(state, p, 0.1), unravel(v))
+        return (
+            spectrum.power(unravel(v), -0.5, 0.1),
+            spectrum.logdet(0.1),
+            solved,
+            estimator.multiply(state, unravel(v)),
+        )
+
+    root, logdet, solved, product = run(state, v)
+    damped = matrix + 0.1 * jnp.eye(len(matrix))
+    values, vectors = jnp.linalg.eigh(damped)
+    assert_close(ravel_pytree(root)[0], (vectors * values**-0.5) @ vectors.T @ v, tolerance=1e-9)
+    assert_close(logdet, jnp.sum(jnp.log(values)))
+    assert_close(ravel_pytree(product)[0], matrix @ v)
+    if block != "default":
+        assert_close(ravel_pytree(solved)[0], jnp.linalg.solve(damped, v), tolerance=1e-9)
+
+
+def _exact_diagonal(case, p):
+    """By `Diagonal` blocks, which another test proves."""
+    model = kfax.set_block(case.model, lambda m: m, kfax.Diagonal())
+    diagonal = kfax.BlockDiagonalCurvature(kfax.ExactGGN(), example_axis="batch")
+    run = eqx.filter_jit(lambda m: diagonal.update(diagonal.init(m), case.loss_fn, m, case.batch))
+    found = diagonal.diagonal(run(model), kfax.parameters_of(model))
+    return jax.tree.unflatten(jax.tree.structure(p), jax.tree.leaves(found))
 
 
 # Relative errors in the Frobenius norm of each layer's default block, against the exact block of the same operations.

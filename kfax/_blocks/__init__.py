@@ -1,7 +1,22 @@
-from .base import Block as Block, BlockState as BlockState, Recorded as Recorded
-from .gradients import Diagonal as Diagonal, Full as Full, GradientBlock as GradientBlock, UnitWise as UnitWise
+from .base import Block as Block, BlockState as BlockState, ProductBlock as ProductBlock, Recorded as Recorded
+from .gradients import (
+    Diagonal as Diagonal,
+    Full as Full,
+    GradientBlock as GradientBlock,
+    ScaledIdentity as ScaledIdentity,
+    UnitWise as UnitWise,
+)
 from .kronecker import KroneckerFactored as KroneckerFactored
 from .kronecker_sum import KroneckerSum as KroneckerSum
+from .product import (
+    check_inversion as check_inversion,
+    Cholesky as Cholesky,
+    Eigh as Eigh,
+    Inverse as Inverse,
+    Inversion as Inversion,
+    Product as Product,
+    Spectrum as Spectrum,
+)
 from .sharing import (
     Expand as Expand,
     FactorSizes as FactorSizes,

@@ -1,14 +1,17 @@
 """The contract between a curvature block and the rest of the library."""
 
 import abc
+import dataclasses
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .._fold import Use
 from .._operations import MatrixShape, Operation
 from .._types import Scalar
+from .product import Cholesky, Inverse, Inversion, Product, Spectrum
 
 
 class Recorded(eqx.Module):
@@ -30,19 +33,19 @@ class BlockState(eqx.Module):
     **Fields:**
 
     - `statistics`: the block's running average; which arrays these are is the block's own affair.
-    - `inverse`: what `Block.solve` needs, as of the last refresh.
+    - `inverse`: that of the damped block, as of the last refresh.
     """
 
     statistics: Any
-    inverse: Any
+    inverse: Inverse
 
 
 class Block(eqx.Module):
     """How the curvature of one layer's parameters is approximated.
 
-    A block is configuration without arrays; its arrays are `statistics`, which are averaged over time, and `inverse`,
-    which is computed from them by the occasional, costly refresh and applied by the cheap `solve`. With a loss in
-    units of `loss` and parameters in units of `param`, the block and its damping are in loss/param².
+    A block is configuration without arrays; its arrays are `statistics`, which are averaged over time, and an
+    `Inverse`, which is computed from them by the occasional, costly refresh. With a loss in units of `loss` and
+    parameters in units of `param`, the block and its damping are in loss/param².
 
     All arrays lead with the stack axes of `shape`, and those of each matrix with its group axes as well, unless a
     block says otherwise.
@@ -89,29 +92,43 @@ class Block(eqx.Module):
     def init(self, shape: MatrixShape) -> BlockState:
         """Zero statistics, and the inverse of the identity."""
 
+    @property
     @abc.abstractmethod
-    def matrices(self, statistics: Any, damping: Scalar) -> tuple[Float[Array, "..."], ...]:
-        """The symmetric positive definite matrices that a refresh has to invert."""
+    def diagonalizes(self) -> bool:
+        """Whether a refresh is to diagonalize `matrices` rather than to invert them."""
 
     @abc.abstractmethod
-    def refresh(self, statistics: Any, damping: Scalar, inverses: tuple[Float[Array, "..."], ...]) -> Any:
-        """Makes `BlockState.inverse`, given the inverses of `matrices`."""
+    def matrices(self, shape: MatrixShape, statistics: Any, damping: Scalar) -> tuple[Float[Array, "..."], ...]:
+        """The (stacks of) symmetric matrices that a refresh has to invert or diagonalize.
+
+        The estimator does it, for all blocks at once.
+        """
 
     @abc.abstractmethod
-    def solve(self, inverse: Any, vector: Float[Array, "*leading d_g d_a"]) -> Float[Array, "*leading d_g d_a"]:
-        """Multiplies by the inverse of the damped block, as of the last refresh."""
+    def refresh(self, shape: MatrixShape, statistics: Any, damping: Scalar, results: tuple) -> Inverse:
+        """Makes the inverse, given the inverses of `matrices`, or pairs of their eigenvalues and eigenvectors."""
 
     @abc.abstractmethod
-    def multiply(self, statistics: Any, vector: Float[Array, "*leading d_g d_a"]) -> Float[Array, "*leading d_g d_a"]:
+    def factors(self, shape: MatrixShape, statistics: Any) -> tuple[Float[Array, "..."], ...]:
+        """The (stacks of) symmetric matrices that have to be diagonalized to diagonalize the block, undamped."""
+
+    @abc.abstractmethod
+    def spectrum(self, shape: MatrixShape, statistics: Any, pairs: tuple[tuple[Array, Array], ...]) -> Spectrum:
+        """The eigendecomposition of the block, given eigenvalues and eigenvectors of `factors`."""
+
+    @abc.abstractmethod
+    def multiply(
+        self, shape: MatrixShape, statistics: Any, vector: Float[Array, "*leading d_g d_a"]
+    ) -> Float[Array, "*leading d_g d_a"]:
         """Multiplies by the block, without damping."""
 
     @abc.abstractmethod
-    def eigenvalues(self, statistics: Any) -> Float[Array, "*stack d"]:
-        """The eigenvalues of the block, without damping, in no particular order."""
+    def diagonal(self, shape: MatrixShape, statistics: Any) -> Float[Array, "..."]:
+        """The diagonal of the block, in any shape that lists it in the order of V raveled."""
 
     @abc.abstractmethod
-    def to_dense(self, statistics: Any) -> Float[Array, "*stack d d"]:
-        """The block as a matrix (or several along leading axes) that acts on V raveled row by row."""
+    def to_dense(self, shape: MatrixShape, statistics: Any) -> Float[Array, "... d d"]:
+        """The block as a matrix that acts on V raveled, or several along leading axes that act on parts of it."""
 
     # -- what it costs --
 
@@ -126,3 +143,69 @@ class Block(eqx.Module):
     @abc.abstractmethod
     def update_flops(self, shape: MatrixShape) -> int:
         """Floating-point operations of the statistics of one row (an example at a position), to leading order."""
+
+
+class ProductBlock(Block):
+    """A block that is a Kronecker product, or several of them in a stack: its algebra follows from its `product`.
+
+    **Fields:**
+
+    - `inversion`: how it is inverted.
+    """
+
+    inversion: eqx.AbstractVar[Inversion]
+
+    def __str__(self) -> str:
+        return describe(self)
+
+    @abc.abstractmethod
+    def product(self, shape: MatrixShape, statistics: Any) -> Product:
+        """What the block is."""
+
+    @abc.abstractmethod
+    def zeros(self, shape: MatrixShape) -> Any:
+        """Statistics of zeros."""
+
+    def init(self, shape: MatrixShape) -> BlockState:
+        statistics, one = self.zeros(shape), jnp.ones(())
+        # Without curvature these are the identity, or zeros if it is about to be diagonalized.
+        matrices = self.matrices(shape, statistics, one)
+        if self.diagonalizes:
+            unit = (jnp.broadcast_to(jnp.eye(m.shape[-1], dtype=m.dtype), m.shape) for m in matrices)
+            matrices = tuple(zip([m[..., 0] for m in matrices], unit, strict=True))
+        return BlockState(statistics, self.refresh(shape, statistics, one, matrices))
+
+    @property
+    def diagonalizes(self) -> bool:
+        return self.inversion.diagonalizes
+
+    def matrices(self, shape: MatrixShape, statistics: Any, damping: Scalar) -> tuple[Float[Array, "..."], ...]:
+        return self.inversion.matrices(self.product(shape, statistics), damping)
+
+    def refresh(self, shape: MatrixShape, statistics: Any, damping: Scalar, results: tuple) -> Inverse:
+        return self.inversion.finish(self.product(shape, statistics), damping, results)
+
+    def factors(self, shape: MatrixShape, statistics: Any) -> tuple[Float[Array, "..."], ...]:
+        return self.product(shape, statistics).factors()
+
+    def spectrum(self, shape: MatrixShape, statistics: Any, pairs: tuple[tuple[Array, Array], ...]) -> Spectrum:
+        return self.product(shape, statistics).spectrum(pairs)
+
+    def multiply(
+        self, shape: MatrixShape, statistics: Any, vector: Float[Array, "*leading d_g d_a"]
+    ) -> Float[Array, "*leading d_g d_a"]:
+        return self.product(shape, statistics).multiply(vector)
+
+    def diagonal(self, shape: MatrixShape, statistics: Any) -> Float[Array, "..."]:
+        return self.product(shape, statistics).diagonal()
+
+    def to_dense(self, shape: MatrixShape, statistics: Any) -> Float[Array, "... d d"]:
+        return self.product(shape, statistics).to_dense()
+
+
+def describe(block: ProductBlock, *options: Any) -> str:
+    """A block as in a call: with its options, and its inversion if that was chosen."""
+    is_chosen = "inversion" in {field.name for field in dataclasses.fields(block)}
+    if is_chosen and not isinstance(block.inversion, Cholesky):
+        options = (*options, block.inversion)
+    return f"{type(block).__name__}({', '.join(map(str, options))})"

@@ -2,20 +2,19 @@
 
 import abc
 import math
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from .. import _linalg as linalg
 from .._fold import Use
 from .._operations import MatrixShape, Operation
-from .._types import Scalar
-from .base import Block, BlockState, Recorded
+from .base import ProductBlock, Recorded
+from .product import check_inversion, Cholesky, Eigh, Inversion, Product
 
 
-class GradientBlock(Block):
+class GradientBlock(ProductBlock):
     """What blocks have in common that keep some entries of the second moment of the gradients of single examples.
 
     The gradients are summed over all uses of a layer within an example before they are multiplied, so that the
@@ -51,16 +50,43 @@ class GradientBlock(Block):
     ) -> Float[Array, "..."]:
         return second_moment / num_examples
 
-    def init(self, shape: MatrixShape) -> BlockState:
+    def zeros(self, shape: MatrixShape) -> Float[Array, "..."]:
         examples = jax.ShapeDtypeStruct((*shape.leading, 1, shape.d_g, shape.d_a), shape.statistics_dtype)
         kept = jax.eval_shape(lambda gradients: self.squares(shape, gradients), examples)
-        zeros = jnp.zeros(kept.shape, kept.dtype)
-        one = jnp.ones((), kept.dtype)
-        return BlockState(zeros, self.refresh(zeros, one, self.matrices(zeros, one)))
+        return jnp.zeros(kept.shape, kept.dtype)
 
     @abc.abstractmethod
     def squares(self, shape: MatrixShape, gradients: Float[Array, "*leading n d_g d_a"]) -> Float[Array, "..."]:
         """The entries that are kept, summed over examples."""
+
+
+class ScaledIdentity(GradientBlock):
+    r"""A multiple of the identity, of the same trace as the exact block.
+
+    $$C = c\, I, \qquad c = \tfrac1{NP} \sum_n \lVert D_n \rVert^2, \qquad
+    D_n = \textstyle\sum_r g_{nr} \bar a_{nr}^\top$$
+
+    with a c for each of the P parameters of one matrix of a stack. What is preconditioned by it goes down the gradient.
+    For any operation. Memory: a number for each parameter, and one for each parameter and example during an update.
+    """
+
+    inversion: ClassVar[Inversion] = Eigh()
+
+    def squares(self, shape: MatrixShape, gradients: Float[Array, "*leading n d_g d_a"]) -> Float[Array, "*leading"]:
+        return jnp.sum(jnp.mean(gradients * gradients, axis=(-2, -1)), axis=-1)
+
+    def product(self, shape: MatrixShape, statistics: Float[Array, "*leading"]) -> Product:
+        diagonal = jnp.broadcast_to(statistics[..., None], (*shape.leading, shape.d_g * shape.d_a))
+        return Product(None, diagonal, len(shape.leading))
+
+    def refresh_flops(self, shape: MatrixShape) -> int:
+        return shape.num_parameters
+
+    def solve_flops(self, shape: MatrixShape) -> int:
+        return 2 * shape.num_parameters
+
+    def update_flops(self, shape: MatrixShape) -> int:
+        return 4 * shape.num_parameters
 
 
 class Diagonal(GradientBlock):
@@ -71,32 +97,19 @@ class Diagonal(GradientBlock):
     For any operation. Memory: 2 numbers for each parameter, and one for each parameter and example during an update.
     """
 
+    inversion: ClassVar[Inversion] = Eigh()
+
     def squares(self, shape: MatrixShape, gradients: Float[Array, "*leading n d_g d_a"]) -> Float[Array, "..."]:
         return jnp.sum(gradients * gradients, axis=-3)
 
-    def matrices(self, statistics: Float[Array, "..."], damping: Scalar) -> tuple[Float[Array, "..."], ...]:
-        return ((statistics + damping.astype(statistics.dtype))[..., None, None],)
-
-    def refresh(self, statistics: Any, damping: Scalar, inverses: tuple[Float[Array, "..."], ...]) -> Any:
-        return inverses[0][..., 0, 0]
-
-    def solve(self, inverse: Any, vector: Float[Array, "*leading d_g d_a"]) -> Float[Array, "*leading d_g d_a"]:
-        return (inverse * vector.astype(inverse.dtype)).astype(vector.dtype)
-
-    def multiply(self, statistics: Any, vector: Float[Array, "*leading d_g d_a"]) -> Float[Array, "*leading d_g d_a"]:
-        return (statistics * vector.astype(statistics.dtype)).astype(vector.dtype)
-
-    def eigenvalues(self, statistics: Any) -> Float[Array, "*leading d"]:
-        return statistics.reshape(*statistics.shape[:-2], -1)
-
-    def to_dense(self, statistics: Any) -> Float[Array, "*leading d d"]:
-        return linalg.as_dense(self.eigenvalues(statistics), statistics.ndim - 2)
+    def product(self, shape: MatrixShape, statistics: Float[Array, "*leading d_g d_a"]) -> Product:
+        return Product(None, statistics.reshape(*shape.leading, -1), len(shape.leading))
 
     def refresh_flops(self, shape: MatrixShape) -> int:
-        return 2 * shape.num_parameters
+        return shape.num_parameters
 
     def solve_flops(self, shape: MatrixShape) -> int:
-        return shape.num_parameters
+        return 2 * shape.num_parameters
 
     def update_flops(self, shape: MatrixShape) -> int:
         return 4 * shape.num_parameters
@@ -115,34 +128,26 @@ class UnitWise(GradientBlock):
         Osawa et al. 2020, arXiv:2002.06015, section 3.2, for batch normalization.
     """
 
+    inversion: Inversion
+
+    def __init__(self, *, inversion: Inversion = Cholesky()):
+        """**Arguments:**
+
+        - `inversion`: [`kfax.Cholesky`][]`()`, or [`kfax.Eigh`][]`()` for a damping that changes without a refresh.
+        """
+        self.inversion = check_inversion(inversion)
+
     def squares(self, shape: MatrixShape, gradients: Float[Array, "*leading n d_g d_a"]) -> Float[Array, "..."]:
         return jnp.einsum("...ngi,...ngj->...gij", gradients, gradients)
 
-    def matrices(self, statistics: Float[Array, "..."], damping: Scalar) -> tuple[Float[Array, "..."], ...]:
-        return (linalg.shift(statistics, damping),)
-
-    def refresh(self, statistics: Any, damping: Scalar, inverses: tuple[Float[Array, "..."], ...]) -> Any:
-        return inverses[0]
-
-    def solve(self, inverse: Any, vector: Float[Array, "*leading d_g d_a"]) -> Float[Array, "*leading d_g d_a"]:
-        return linalg.matmul(inverse, vector[..., None].astype(inverse.dtype))[..., 0].astype(vector.dtype)
-
-    def multiply(self, statistics: Any, vector: Float[Array, "*leading d_g d_a"]) -> Float[Array, "*leading d_g d_a"]:
-        return self.solve(statistics, vector)
-
-    def eigenvalues(self, statistics: Any) -> Float[Array, "*leading d"]:
-        return jnp.linalg.eigvalsh(statistics).reshape(*statistics.shape[:-3], -1)
-
-    def to_dense(self, statistics: Any) -> Float[Array, "*leading d d"]:
-        d_g, d_a = statistics.shape[-3:-1]
-        units = jnp.eye(d_g, dtype=statistics.dtype)
-        return jnp.einsum("...gij,gh->...gihj", statistics, units).reshape(*statistics.shape[:-3], d_g * d_a, d_g * d_a)
+    def product(self, shape: MatrixShape, statistics: Float[Array, "*leading d_g d_a d_a"]) -> Product:
+        return Product(None, statistics, len(shape.leading) + 1)
 
     def refresh_flops(self, shape: MatrixShape) -> int:
-        return 2 * shape.num_parameters * shape.d_a**2
+        return shape.num_matrices * shape.d_g * self.inversion.refresh_flops(shape.d_a)
 
     def solve_flops(self, shape: MatrixShape) -> int:
-        return 2 * shape.num_parameters * shape.d_a
+        return 2 * shape.num_parameters * shape.d_a * self.inversion.num_products
 
     def update_flops(self, shape: MatrixShape) -> int:
         return 2 * shape.num_parameters * (1 + shape.d_a)
@@ -158,35 +163,28 @@ class Full(GradientBlock):
     `2 P²` numbers, and `2 P³` flops for a refresh. Its arrays have the stack axes, but none for groups.
     """
 
+    inversion: Inversion
+
+    def __init__(self, *, inversion: Inversion = Cholesky()):
+        """**Arguments:**
+
+        - `inversion`: [`kfax.Cholesky`][]`()`, or [`kfax.Eigh`][]`()` for a damping that changes without a refresh.
+        """
+        self.inversion = check_inversion(inversion)
+
     def squares(self, shape: MatrixShape, gradients: Float[Array, "*leading n d_g d_a"]) -> Float[Array, "..."]:
         gradients = jnp.moveaxis(gradients, -3, len(shape.stack))
         flat = gradients.reshape(*gradients.shape[: len(shape.stack) + 1], -1)
         return jnp.swapaxes(flat, -1, -2) @ flat
 
-    def matrices(self, statistics: Float[Array, "..."], damping: Scalar) -> tuple[Float[Array, "..."], ...]:
-        return (linalg.shift(statistics, damping),)
-
-    def refresh(self, statistics: Any, damping: Scalar, inverses: tuple[Float[Array, "..."], ...]) -> Any:
-        return inverses[0]
-
-    def solve(self, inverse: Any, vector: Float[Array, "*leading d_g d_a"]) -> Float[Array, "*leading d_g d_a"]:
-        flat = vector.reshape(*inverse.shape[:-1], 1).astype(inverse.dtype)
-        return linalg.matmul(inverse, flat).reshape(vector.shape).astype(vector.dtype)
-
-    def multiply(self, statistics: Any, vector: Float[Array, "*leading d_g d_a"]) -> Float[Array, "*leading d_g d_a"]:
-        return self.solve(statistics, vector)
-
-    def eigenvalues(self, statistics: Any) -> Float[Array, "*stack d"]:
-        return jnp.linalg.eigvalsh(statistics)
-
-    def to_dense(self, statistics: Any) -> Float[Array, "*stack d d"]:
-        return statistics
+    def product(self, shape: MatrixShape, statistics: Float[Array, "*stack p p"]) -> Product:
+        return Product(None, statistics, len(shape.stack))
 
     def refresh_flops(self, shape: MatrixShape) -> int:
-        return 2 * self._size(shape) ** 2 * shape.num_parameters
+        return math.prod(shape.stack) * self.inversion.refresh_flops(self._size(shape))
 
     def solve_flops(self, shape: MatrixShape) -> int:
-        return 2 * self._size(shape) * shape.num_parameters
+        return 2 * self._size(shape) * shape.num_parameters * self.inversion.num_products
 
     def update_flops(self, shape: MatrixShape) -> int:
         return 2 * self._size(shape) * shape.num_parameters

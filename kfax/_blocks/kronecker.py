@@ -4,15 +4,14 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from .. import _linalg as linalg
 from .._fold import Use
 from .._operations import FactoredOperation, MatrixShape, Operation, Transposed
-from .._types import Scalar
-from .base import Block, BlockState, Recorded
+from .base import Block, describe, ProductBlock, Recorded
+from .product import check_inversion, Cholesky, Inversion, Product
 from .sharing import Expand, FactorSizes, KroneckerFactors, Sharing
 
 
-class KroneckerFactored(Block):
+class KroneckerFactored(ProductBlock):
     r"""Approximates the block of a layer's matrix V, `(d_g, d_a)`, by a Kronecker product of two small matrices.
 
     $$\mathbb E[\mathrm{vec}(g \bar a^\top)\, \mathrm{vec}(g \bar a^\top)^\top] \approx \tfrac1R\, G \otimes A$$
@@ -20,7 +19,8 @@ class KroneckerFactored(Block):
     with V raveled row by row, so that the block maps V to `G V A / R`. It is exact if inputs and output cotangents are
     independent, in particular for deep linear networks with squared error, and for a single example.
 
-    Damping is factored: `(G/R + √λ/π I) ⊗ (A + π√λ I)` stands in for `G ⊗ A / R + λ I`.
+    Damping is factored by default: `(G/R + √λ/π I) ⊗ (A + π√λ I)` stands in for `G ⊗ A / R + λ I`. With
+    `inversion=kfax.Eigh()` it is exact.
 
     A factor is diagonal where nothing else is needed, on the side of an embedding's entries, and where its side of V
     is longer than `max_dim`.
@@ -34,21 +34,25 @@ class KroneckerFactored(Block):
 
     sharing: Sharing
     max_dim: int = eqx.field(static=True)
+    inversion: Inversion
 
-    def __init__(self, sharing: Sharing = Expand(), *, max_dim: int = 4096):
+    def __init__(self, sharing: Sharing = Expand(), *, max_dim: int = 4096, inversion: Inversion = Cholesky()):
         """**Arguments:**
 
         - `sharing`: what to make of a layer applied at several positions of an example, `kfax.Expand()` or
             `kfax.Reduce()`. Makes no difference to a layer that is applied once.
         - `max_dim`: the largest dense factor. Of a longer side of V (the inputs of a very wide layer, the classes of
             a large vocabulary) only the diagonal of the factor is kept.
+        - `inversion`: [`kfax.Cholesky`][]`()` for factored damping, or [`kfax.Eigh`][]`()` for exact damping, which may
+            change without a refresh.
 
         **Raises:** `ValueError` for something else than that.
         """
         self.sharing, self.max_dim = check_factoring(sharing, max_dim)
+        self.inversion = check_inversion(inversion)
 
     def __str__(self) -> str:
-        return f"{type(self).__name__}({self.sharing})"
+        return describe(self, self.sharing)
 
     @property
     def is_sum(self) -> bool:
@@ -84,53 +88,23 @@ class KroneckerFactored(Block):
 
         return shape.over_matrices(one)(inputs, second_moment)
 
-    def init(self, shape: MatrixShape) -> BlockState:
+    def zeros(self, shape: MatrixShape) -> KroneckerFactors:
         dtype, sizes = shape.statistics_dtype, factor_sizes(shape, self.max_dim)
-        zeros = [jnp.zeros((*shape.leading, *size), dtype) for size in (sizes.a, sizes.g)]
-        ones = [jnp.eye(*size) if len(size) == 2 else jnp.ones(size) for size in (sizes.a, sizes.g)]
-        unit = tuple(jnp.broadcast_to(one.astype(dtype), zero.shape) for one, zero in zip(ones, zeros, strict=True))
-        return BlockState(KroneckerFactors(zeros[0], zeros[1], jnp.zeros(shape.leading, dtype)), unit)
+        a, g = (jnp.zeros((*shape.leading, *size), dtype) for size in (sizes.a, sizes.g))
+        return KroneckerFactors(a, g, jnp.zeros(shape.leading, dtype))
 
-    def matrices(self, statistics: KroneckerFactors, damping: Scalar) -> tuple[Float[Array, "..."], ...]:
-        damped = linalg.damp_factors(statistics.a, per_position(statistics), damping, statistics.positions.ndim)
-        return tuple(linalg.as_matrices(factor, statistics.positions.ndim) for factor in damped)
-
-    def refresh(
-        self, statistics: KroneckerFactors, damping: Scalar, inverses: tuple[Float[Array, "..."], ...]
-    ) -> tuple[Float[Array, "..."], ...]:
-        a, g = inverses
-        return a.reshape(statistics.a.shape), g.reshape(statistics.g.shape)
-
-    def solve(
-        self, inverse: tuple[Float[Array, "..."], ...], vector: Float[Array, "*leading d_g d_a"]
-    ) -> Float[Array, "*leading d_g d_a"]:
-        a_inverse, g_inverse = inverse
-        return linalg.sandwich(g_inverse, vector.astype(a_inverse.dtype), a_inverse).astype(vector.dtype)
-
-    def multiply(
-        self, statistics: KroneckerFactors, vector: Float[Array, "*leading d_g d_a"]
-    ) -> Float[Array, "*leading d_g d_a"]:
-        g = per_position(statistics)
-        return linalg.sandwich(g, vector.astype(g.dtype), statistics.a).astype(vector.dtype)
-
-    def eigenvalues(self, statistics: KroneckerFactors) -> Float[Array, "*leading d"]:
-        ndim = statistics.positions.ndim
-        factors = (statistics.a, per_position(statistics))
-        a, g = (f if f.ndim == ndim + 1 else jnp.linalg.eigvalsh(f) for f in factors)
-        return (g[..., :, None] * a[..., None, :]).reshape(*a.shape[:-1], -1)
-
-    def to_dense(self, statistics: KroneckerFactors) -> Float[Array, "*leading d d"]:
-        return dense_product(statistics)
+    def product(self, shape: MatrixShape, statistics: KroneckerFactors) -> Product:
+        return Product(per_position(statistics), statistics.a, len(shape.leading))
 
     def refresh_flops(self, shape: MatrixShape) -> int:
         sizes = factor_sizes(shape, self.max_dim)
-        cubes = [size[0] ** 3 if len(size) == 2 else size[0] for size in (sizes.a, sizes.g)]
-        return 2 * shape.num_matrices * sum(cubes)
+        flops = [self.inversion.refresh_flops(size[0]) if len(size) == 2 else size[0] for size in (sizes.a, sizes.g)]
+        return shape.num_matrices * sum(flops)
 
     def solve_flops(self, shape: MatrixShape) -> int:
         sizes = factor_sizes(shape, self.max_dim)
         lengths = [size[0] if len(size) == 2 else 1 for size in (sizes.a, sizes.g)]
-        return 2 * shape.num_parameters * sum(lengths)
+        return 2 * shape.num_parameters * sum(lengths) * self.inversion.num_products
 
     def update_flops(self, shape: MatrixShape) -> int:
         sizes = factor_sizes(shape, self.max_dim)
@@ -165,12 +139,3 @@ def per_position(statistics: KroneckerFactors) -> Float[Array, "..."]:
     """`G / R`."""
     positions = jnp.where(statistics.positions > 0, statistics.positions, 1)
     return statistics.g / positions.reshape(*positions.shape, *(1,) * (statistics.g.ndim - positions.ndim))
-
-
-def dense_product(statistics: KroneckerFactors) -> Float[Array, "*leading d d"]:
-    """`G ⊗ A / R` as a matrix."""
-    ndim = statistics.positions.ndim
-    a, g = (linalg.as_dense(factor, ndim) for factor in (statistics.a, per_position(statistics)))
-    product = g[..., :, None, :, None] * a[..., None, :, None, :]
-    size = g.shape[-1] * a.shape[-1]
-    return product.reshape(*a.shape[:-2], size, size)

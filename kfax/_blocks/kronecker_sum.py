@@ -12,7 +12,8 @@ from .._fold import Use
 from .._operations import MatrixShape, Operation, Transposed
 from .._types import Scalar
 from .base import Block, BlockState, Recorded
-from .kronecker import check_factored, check_factoring, dense_product, factor_sizes, KroneckerFactored, per_position
+from .kronecker import check_factored, check_factoring, factor_sizes, KroneckerFactored, per_position
+from .product import Inverse, Product, Spectrum
 from .sharing import Expand, FactorSizes, KroneckerFactors, Sharing
 
 
@@ -90,45 +91,48 @@ class KroneckerSum(Block):
         return shape.over_matrices(one)(inputs, second_moment)
 
     def init(self, shape: MatrixShape) -> BlockState:
-        single = KroneckerFactored(self.sharing, max_dim=self.max_dim)
-        direct = single.init(shape)
-        a, g = direct.statistics.a, direct.statistics.g
-        statistics = (direct.statistics, KroneckerFactors(g, a, direct.statistics.positions))
-        unit_a, unit_g = direct.inverse
-        zeros = (jnp.zeros((*shape.leading, d), a.dtype) for d in (shape.d_g, shape.d_a))
-        return BlockState(statistics, ((unit_g, unit_a), tuple(zeros)))
+        direct = KroneckerFactored(self.sharing, max_dim=self.max_dim).zeros(shape)
+        reverse = KroneckerFactors(direct.g, direct.a, direct.positions)
+        # Of nothing the damping is left.
+        unit = linalg.damp_factors(direct.a, direct.g, jnp.ones(()), len(shape.leading))
+        left, right = (jnp.zeros((*shape.leading, d), direct.a.dtype) for d in (shape.d_g, shape.d_a))
+        return BlockState((direct, reverse), SumInverse((unit[1], unit[0]), (left, right)))
 
-    def matrices(self, statistics: Any, damping: Scalar) -> tuple[Float[Array, "..."], ...]:
+    @property
+    def diagonalizes(self) -> bool:
+        return True
+
+    def matrices(self, shape: MatrixShape, statistics: Any, damping: Scalar) -> tuple[Float[Array, "..."], ...]:
         return ()
 
-    def refresh(self, statistics: Any, damping: Scalar, inverses: tuple[Float[Array, "..."], ...]) -> Any:
+    def refresh(self, shape: MatrixShape, statistics: Any, damping: Scalar, results: tuple) -> "SumInverse":
         direct, reverse = statistics
-        ndim = direct.positions.ndim
+        ndim = len(shape.leading)
         left, right = linalg.damp_factors(reverse.a, per_position(reverse), damping, ndim)
         k_left, s_left = linalg.diagonalize_both(per_position(direct), left, ndim)
         k_right, s_right = linalg.diagonalize_both(linalg.after(direct.a, k_left), right, ndim)
-        return (k_left, k_right), (s_left, s_right)
+        return SumInverse((k_left, k_right), (s_left, s_right))
 
-    def solve(self, inverse: Any, vector: Float[Array, "*leading d_g d_a"]) -> Float[Array, "*leading d_g d_a"]:
-        (k_left, k_right), (s_left, s_right) = inverse
-        inner = linalg.sandwich(_transpose(k_left, vector), vector.astype(s_left.dtype), k_right)
-        inner = inner / (1 + s_left[..., :, None] * s_right[..., None, :])
-        return linalg.sandwich(k_left, inner, _transpose(k_right, vector)).astype(vector.dtype)
+    def factors(self, shape: MatrixShape, statistics: Any) -> tuple[Float[Array, "..."], ...]:
+        return (self.to_dense(shape, statistics),)
 
-    def multiply(self, statistics: Any, vector: Float[Array, "*leading d_g d_a"]) -> Float[Array, "*leading d_g d_a"]:
-        direct, reverse = statistics
-        v = vector.astype(direct.a.dtype)
-        there = linalg.sandwich(per_position(direct), v, direct.a)
-        return (there + linalg.sandwich(reverse.a, v, per_position(reverse))).astype(vector.dtype)
+    def spectrum(self, shape: MatrixShape, statistics: Any, pairs: tuple[tuple[Array, Array], ...]) -> Spectrum:
+        [(values, vectors)] = pairs
+        return Spectrum(None, vectors, jnp.maximum(values, 0)[..., None, :])
 
-    def eigenvalues(self, statistics: Any) -> Float[Array, "*leading d"]:
-        return jnp.linalg.eigvalsh(self.to_dense(statistics))
+    def multiply(
+        self, shape: MatrixShape, statistics: Any, vector: Float[Array, "*leading d_g d_a"]
+    ) -> Float[Array, "*leading d_g d_a"]:
+        direct, reverse = self._products(shape, statistics)
+        return direct.multiply(vector) + reverse.multiply(vector)
 
-    def to_dense(self, statistics: Any) -> Float[Array, "*leading d d"]:
-        direct, reverse = statistics
-        # The second term's own order is (cotangents, inputs): swapped, it acts on V.
-        swapped = KroneckerFactors(per_position(reverse), reverse.a, jnp.ones_like(reverse.positions))
-        return dense_product(direct) + dense_product(swapped)
+    def diagonal(self, shape: MatrixShape, statistics: Any) -> Float[Array, "..."]:
+        direct, reverse = self._products(shape, statistics)
+        return direct.diagonal() + reverse.diagonal()
+
+    def to_dense(self, shape: MatrixShape, statistics: Any) -> Float[Array, "*leading d d"]:
+        direct, reverse = self._products(shape, statistics)
+        return direct.to_dense() + reverse.to_dense()
 
     def refresh_flops(self, shape: MatrixShape) -> int:
         return 6 * KroneckerFactored(self.sharing, max_dim=self.max_dim).refresh_flops(shape)
@@ -140,10 +144,35 @@ class KroneckerSum(Block):
         sizes, _ = self._sizes(shape)
         return 4 * shape.num_matrices * (len(sizes.a) * sizes.a[0] + sizes.g[0] ** len(sizes.g))
 
+    def _products(self, shape: MatrixShape, statistics: Any) -> tuple[Product, Product]:
+        direct, reverse = statistics
+        ndim = len(shape.leading)
+        # The second term's own order is (cotangents, inputs): swapped, it acts on V.
+        return (
+            Product(per_position(direct), direct.a, ndim),
+            Product(reverse.a, per_position(reverse), ndim),
+        )
+
     def _sizes(self, shape: MatrixShape) -> tuple[FactorSizes, FactorSizes]:
         direct = factor_sizes(shape, self.max_dim)
         reverse = MatrixShape(shape.stack, shape.num_inputs, shape.d_g, False, shape.dtype, shape.groups)
         return direct, FactorSizes(reverse, direct.g_is_diagonal, direct.a_is_diagonal)
+
+
+class SumInverse(Inverse):
+    """K and s, on either side, with which `V -> K (KᵀVK' / (1 + s s'ᵀ)) K'ᵀ` is the inverse."""
+
+    vectors: tuple[Float[Array, "..."], Float[Array, "..."]]
+    values: tuple[Float[Array, "*leading d_g"], Float[Array, "*leading d_a"]]
+
+    def solve(self, vector: Float[Array, "*leading d_g d_a"]) -> Float[Array, "*leading d_g d_a"]:
+        (k_left, k_right), (s_left, s_right) = self.vectors, self.values
+        inner = linalg.sandwich(_transpose(k_left, vector), vector.astype(s_left.dtype), k_right)
+        inner = inner / (1 + s_left[..., :, None] * s_right[..., None, :])
+        return linalg.sandwich(k_left, inner, _transpose(k_right, vector)).astype(vector.dtype)
+
+    def redamp(self, damping: Scalar) -> "SumInverse":
+        return self
 
 
 def _transpose(factor: Float[Array, "..."], vector: Float[Array, "*leading d_g d_a"]) -> Float[Array, "..."]:

@@ -19,14 +19,16 @@ class KroneckerFactors(eqx.Module):
 
     **Fields:**
 
-    - `a`: A, the second moment of the layer's inputs, with a constant 1 appended if there is a bias. [inputs²]
-    - `g`: G, the second moment of the cotangents of the layer's outputs. [loss/outputs²]
+    - `a`: A, `(*leading, d_a, d_a)` or `(*leading, d_a)`, the second moment of the layer's inputs, with a constant 1
+        appended if there is a bias. [inputs²]
+    - `g`: G, `(*leading, d_g, d_g)` or `(*leading, d_g)`, the second moment of the cotangents of the layer's outputs.
+        [loss/outputs²]
     - `positions`: R, over how many sharing positions of an example both sums run, on average. With `Reduce` it is 1
         (or less, if the layer is not used in every example).
     """
 
-    a: Float[Array, "*leading d_a d_a"] | Float[Array, "*leading d_a"]
-    g: Float[Array, "*leading d_g d_g"] | Float[Array, "*leading d_g"]
+    a: Float[Array, "..."]
+    g: Float[Array, "..."]
     positions: Float[Array, "*leading"]
 
 

@@ -3,4 +3,13 @@ from .block_diagonal import (
     BlockDiagonalCurvature as BlockDiagonalCurvature,
     BlockDiagonalState as BlockDiagonalState,
 )
-from .implicit_exact import ImplicitExactCurvature as ImplicitExactCurvature
+from .eigendecomposition import Eigendecomposition as Eigendecomposition
+from .explicit_exact import (
+    ExplicitExactCurvature as ExplicitExactCurvature,
+    ExplicitExactState as ExplicitExactState,
+)
+from .implicit_exact import (
+    ImplicitExactCurvature as ImplicitExactCurvature,
+    ImplicitExactState as ImplicitExactState,
+)
+from .products import Hessian as Hessian

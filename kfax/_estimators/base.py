@@ -6,19 +6,25 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import lineax as lx
 from jaxtyping import Array, ArrayLike, Float
 
-from .._capture import Linearization
-from .._registry import split_parameters
-from .._types import Model, Parameters, PRNGKey, Where
+from .._capture import Linearization, Problem
+from .._layers import from_matrices, to_matrices
+from .._losses import Loss
+from .._scalars import scalar
+from .._sources import CurvatureSource
+from .._types import Model, Parameters, PRNGKey, Scalar, Where
+from .eigendecomposition import Eigendecomposition
 
 
 class CurvatureEstimator(eqx.Module):
-    """An approximation C of the curvature of a loss in the parameters of a tagged model.
+    """The curvature C of a loss in the parameters of a tagged model, or an approximation of it.
 
     The loss is the mean over a batch's examples, without any regularizer. C is in loss/param². Vectors are PyTrees
-    like the parameters, for instance `equinox.filter(model, equinox.is_inexact_array)`, or a gradient. All methods are
-    pure functions: the estimator itself holds nothing but its configuration.
+    like the parameters, `kfax.parameters_of(model)`: a gradient, for instance. All methods are pure functions: the
+    estimator itself holds nothing but its configuration.
 
     **Fields:**
 
@@ -27,25 +33,18 @@ class CurvatureEstimator(eqx.Module):
 
     example_axis: eqx.AbstractVar[str | None]
 
+    # -- taking in batches --
+
     @abc.abstractmethod
     def init(self, model: Model, *, frozen: Where | None = None) -> Any:
         """The state before any batch was seen."""
 
     @abc.abstractmethod
-    def linearize(
-        self,
-        loss_fn: Callable,
-        model: Model,
-        batch: Any,
-        *,
-        key: PRNGKey | None = None,
-        model_state: Any = None,
-        frozen: Where | None = None,
-    ) -> Linearization:
+    def linearize(self, problem: Problem) -> Linearization:
         """Runs the model on a batch such that its gradient, and by `fold` its curvature, can be had from it."""
 
     @abc.abstractmethod
-    def fold(self, state: Any, linearization: Linearization, parameters: Parameters, key: PRNGKey | None) -> Any:
+    def fold(self, state: Any, linearization: Linearization, key: PRNGKey | None) -> Any:
         """Takes a linearized batch into the estimate."""
 
     def update(
@@ -74,13 +73,32 @@ class CurvatureEstimator(eqx.Module):
         **Returns:** the new state.
         """
         model_key, source_key = (None, None) if key is None else jax.random.split(key)
-        linearization = self.linearize(loss_fn, model, batch, key=model_key, model_state=model_state, frozen=frozen)
-        parameters, _ = split_parameters(model, frozen)
-        return self.fold(state, linearization, parameters, source_key)
+        problem = Problem(loss_fn, model, batch, model_key, model_state, frozen)
+        return self.fold(state, self.linearize(problem), source_key)
+
+    # -- what is costly --
 
     @abc.abstractmethod
     def refresh(self, state: Any, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]) -> Any:
         """Does the costly part of `solve`, for the present estimate and damping."""
+
+    @abc.abstractmethod
+    def redamp(self, state: Any, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]) -> Any:
+        """Gives `solve` another damping, for those blocks for which that takes no refresh; others keep theirs."""
+
+    @abc.abstractmethod
+    def decompose(self, state: Any, parameters: Parameters) -> Eigendecomposition:
+        """The eigendecomposition of C: any power of C + λI for any λ, log-determinants, eigenvalues."""
+
+    @abc.abstractmethod
+    def power(self, state: Any, vector: Parameters, exponent: ArrayLike, damping: ArrayLike = 0.0) -> Parameters:
+        """`(C + λI)^p v`. For more than one of them take `decompose` once."""
+
+    @abc.abstractmethod
+    def eigenvalues(self, state: Any, parameters: Parameters) -> Float[Array, " p"]:
+        """All eigenvalues of C, in no particular order."""
+
+    # -- what is cheap --
 
     @abc.abstractmethod
     def solve(self, state: Any, vector: Parameters) -> Parameters:
@@ -91,9 +109,77 @@ class CurvatureEstimator(eqx.Module):
         """`C v`."""
 
     @abc.abstractmethod
-    def eigenvalues(self, state: Any, parameters: Parameters) -> Float[Array, " p"]:
-        """All eigenvalues of C, in no particular order."""
+    def diagonal(self, state: Any, parameters: Parameters) -> Parameters:
+        """The diagonal of C, as a PyTree like the parameters."""
 
     @abc.abstractmethod
     def to_dense(self, state: Any, parameters: Parameters) -> Float[Array, "p p"]:
         """C as a matrix, acting on vectors as `jax.flatten_util.ravel_pytree` ravels them."""
+
+    # -- for solvers --
+
+    @abc.abstractmethod
+    def as_operator(self, state: Any, parameters: Parameters, damping: ArrayLike = 0.0) -> lx.AbstractLinearOperator:
+        """`C + λI` as a linear operator of [lineax](https://docs.kidger.site/lineax/).
+
+        **Arguments:**
+
+        - `state`: with the batches to be used.
+        - `parameters`: any PyTree like the parameters.
+        - `damping`: λ. [loss/param²]
+
+        **Returns:** an operator on PyTrees like the parameters, tagged as symmetric and, if it is, as positive
+        semi-definite. In float32 `lineax.CG` without a preconditioner takes eigenvalues below about `1e-5 P` for
+        zero, and returns NaN.
+        """
+
+    @abc.abstractmethod
+    def as_preconditioner(self, state: Any, parameters: Parameters) -> lx.AbstractLinearOperator:
+        """`solve` as a linear operator: an approximate inverse, for `lineax.CG` and the like.
+
+        **Arguments:**
+
+        - `state`: after a refresh.
+        - `parameters`: any PyTree like the parameters.
+
+        **Returns:** an operator on PyTrees like the parameters, tagged as positive semi-definite.
+        """
+
+
+def check_source(source: CurvatureSource) -> CurvatureSource:
+    if not isinstance(source, CurvatureSource):
+        raise ValueError(f"`source` must be a curvature source, such as `kfax.ExactGGN()`, got {source!r}.")
+    return source
+
+
+def damping_by_parameter(parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]) -> Parameters:
+    """λ of every parameter."""
+    if isinstance(damping, Mapping):
+        matrices = to_matrices(parameters)
+        return from_matrices(
+            parameters, {k: jnp.full_like(m, scalar("damping", damping[k])) for k, m in matrices.items()}
+        )
+    by = scalar("damping", damping)
+    return jax.tree.map(lambda leaf: jnp.full_like(leaf, by), parameters)
+
+
+def operator_of(
+    function: Callable[[Parameters], Parameters], damping: Parameters, tag: object
+) -> lx.FunctionLinearOperator:
+    """`function + λI` as an operator, with λ of every parameter."""
+
+    def damped(vector):
+        return jax.tree.map(lambda product, by, v: product + by * v, function(vector), damping, vector)
+
+    return lx.FunctionLinearOperator(damped, jax.eval_shape(lambda: damping), tag)
+
+
+def inverse_of(function: Callable[[Parameters], Parameters], parameters: Parameters) -> lx.FunctionLinearOperator:
+    """`function`, the inverse of something positive definite, as an operator."""
+    return lx.FunctionLinearOperator(function, jax.eval_shape(lambda: parameters), lx.positive_semidefinite_tag)
+
+
+def total_weight(losses: tuple[Loss, ...]) -> Scalar:
+    """How much a batch counts in a mean over batches: its number of examples, or the sum of their weights."""
+    weights = [loss.total_weight() for loss in losses]
+    return sum(weights[1:], weights[0]) / len(weights)

@@ -6,18 +6,21 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .. import _linalg as linalg
-from .._capture import Linearization, linearize, Reading
+from .._blocks import Inverse
+from .._capture import Linearization, linearize, Problem, Reading
 from .._ema import MovingAverage
 from .._layers import from_matrices, Part, parts, to_matrices
 from .._registry import split_parameters
 from .._scalars import scalar, within_unit
 from .._sources import CurvaturePropagation, CurvatureSource
 from .._types import Model, Parameters, PRNGKey, Scalar, Where
-from .base import CurvatureEstimator
+from .base import check_source, CurvatureEstimator, damping_by_parameter, inverse_of, operator_of, total_weight
+from .eigendecomposition import BlockEigendecomposition
 
 
 class BlockDiagonalState(eqx.Module):
@@ -31,7 +34,7 @@ class BlockDiagonalState(eqx.Module):
     """
 
     average: MovingAverage
-    inverses: dict[str, Any]
+    inverses: dict[str, Inverse]
 
 
 class BlockDiagonalCurvature(CurvatureEstimator):
@@ -65,9 +68,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
 
         **Raises:** `ValueError` for a decay outside (0, 1].
         """
-        if not isinstance(source, CurvatureSource):
-            raise ValueError(f"`source` must be a curvature source, such as `kfax.ExactGGN()`, got {source!r}.")
-        self.source = source
+        self.source = check_source(source)
         self.decay = within_unit("decay", decay)
         self.example_axis = example_axis
 
@@ -77,32 +78,13 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         average = MovingAverage.zeros({key: block.statistics for key, block in blocks.items()})
         return BlockDiagonalState(average, {key: block.inverse for key, block in blocks.items()})
 
-    def linearize(
-        self,
-        loss_fn: Callable,
-        model: Model,
-        batch: Any,
-        *,
-        key: PRNGKey | None = None,
-        model_state: Any = None,
-        frozen: Where | None = None,
-    ) -> Linearization:
-        return linearize(
-            loss_fn,
-            model,
-            batch,
-            _read_statistics,
-            example_axis=self.example_axis,
-            frozen=frozen,
-            key=key,
-            model_state=model_state,
-        )
+    def linearize(self, problem: Problem) -> Linearization:
+        return linearize(problem, _read_statistics, example_axis=self.example_axis)
 
-    def fold(
-        self, state: BlockDiagonalState, linearization: Linearization, parameters: Parameters, key: PRNGKey | None
-    ) -> BlockDiagonalState:
-        new = self._statistics(linearization, parts(parameters), key)
-        return BlockDiagonalState(state.average.update(new, self.decay), state.inverses)
+    def fold(self, state: BlockDiagonalState, linearization: Linearization, key: PRNGKey | None) -> BlockDiagonalState:
+        new = self._statistics(linearization, parts(linearization.problem.parameters), key)
+        average = state.average.update(new, self.decay, total_weight(linearization.losses))
+        return BlockDiagonalState(average, state.inverses)
 
     def refresh(
         self, state: BlockDiagonalState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
@@ -115,33 +97,68 @@ class BlockDiagonalCurvature(CurvatureEstimator):
 
         **Returns:** the state with new inverses. Matrices of one size, of whatever layers, are inverted in one call.
         """
+        found, dampings = _by_key(parameters, damping)
+        values, refreshed = state.average.value, {}
+        previous: PyTree = values  # a loss may have called LAPACK for them
+        for function, diagonalizes in ((linalg.psd_inverse, False), (linalg.eigh, True)):
+            chosen = {k: p for k, p in found.items() if p.block.diagonalizes is diagonalizes}
+            matrices = {k: p.block.matrices(p.operation.shape(), values[k], dampings[k]) for k, p in chosen.items()}
+            results = _factorize(function, matrices, previous)
+            for k, part in chosen.items():
+                # What a block computes by itself has to wait its turn.
+                mine = values[k] if matrices[k] else _after(values[k], (results, previous))
+                refreshed[k] = part.block.refresh(part.operation.shape(), mine, dampings[k], results[k])
+                previous = previous if matrices[k] else refreshed[k]
+            previous = (previous, results)
+        return BlockDiagonalState(state.average, {key: refreshed[key] for key in found})
+
+    def redamp(
+        self, state: BlockDiagonalState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
+    ) -> BlockDiagonalState:
+        """**Arguments:**
+
+        - `state`: after a refresh.
+        - `parameters`: any PyTree like the parameters; its values are not used.
+        - `damping`: λ, or one for each block by key. [loss/param²]
+
+        **Returns:** the state with another damping for blocks inverted by [`kfax.Eigh`][], and for diagonal ones. All
+        others keep that of the last refresh.
+        """
+        _, dampings = _by_key(parameters, damping)
+        inverses = {key: inverse.redamp(dampings[key]) for key, inverse in state.inverses.items()}
+        return BlockDiagonalState(state.average, inverses)
+
+    def decompose(self, state: BlockDiagonalState, parameters: Parameters) -> BlockEigendecomposition:
         found, values = parts(parameters), state.average.value
-        dampings = damping if isinstance(damping, Mapping) else dict.fromkeys(found, damping)
-        scalars = {key: scalar("damping", dampings[key]) for key in found}
-        matrices = {key: part.block.matrices(values[key], scalars[key]) for key, part in found.items()}
-        leaves, structure = jax.tree.flatten(matrices)
-        inverses = jax.tree.unflatten(structure, linalg.by_size(linalg.psd_inverse, leaves))
-        refreshed, previous = {}, inverses
-        for key, part in found.items():
-            statistics = values[key]
-            if not matrices[key]:
-                # What the block computes by itself has to wait its turn.
-                statistics = jax.tree.map(lambda leaf, after=previous: linalg.after(leaf, after), statistics)
-            refreshed[key] = part.block.refresh(statistics, scalars[key], inverses[key])
-            if not matrices[key]:
-                previous = refreshed[key]
-        return BlockDiagonalState(state.average, refreshed)
+        factors = {key: part.block.factors(part.operation.shape(), values[key]) for key, part in found.items()}
+        pairs = _factorize(linalg.eigh, factors, values)
+        return BlockEigendecomposition(
+            {key: part.block.spectrum(part.operation.shape(), values[key], pairs[key]) for key, part in found.items()}
+        )
 
-    def solve(self, state: BlockDiagonalState, vector: Parameters) -> Parameters:
-        return _by_part(lambda key, block, v: block.solve(state.inverses[key], v), vector)
-
-    def multiply(self, state: BlockDiagonalState, vector: Parameters) -> Parameters:
-        return _by_part(lambda key, block, v: block.multiply(state.average.value[key], v), vector)
+    def power(
+        self, state: BlockDiagonalState, vector: Parameters, exponent: ArrayLike, damping: ArrayLike = 0.0
+    ) -> Parameters:
+        return self.decompose(state, vector).power(vector, exponent, damping)
 
     def eigenvalues(self, state: BlockDiagonalState, parameters: Parameters) -> Float[Array, " p"]:
-        found = parts(parameters)
-        values = [part.block.eigenvalues(state.average.value[key]) for key, part in found.items()]
-        return jnp.concatenate([value.reshape(-1) for value in values])
+        return self.decompose(state, parameters).eigenvalues()
+
+    def solve(self, state: BlockDiagonalState, vector: Parameters) -> Parameters:
+        return _by_part(lambda key, part, v: state.inverses[key].solve(v), vector)
+
+    def multiply(self, state: BlockDiagonalState, vector: Parameters) -> Parameters:
+        def one(key, part, v):
+            return part.block.multiply(part.operation.shape(), state.average.value[key], v)
+
+        return _by_part(one, vector)
+
+    def diagonal(self, state: BlockDiagonalState, parameters: Parameters) -> Parameters:
+        def one(key, part, v):
+            diagonal = part.block.diagonal(part.operation.shape(), state.average.value[key])
+            return diagonal.reshape(v.shape).astype(v.dtype)
+
+        return _by_part(one, parameters)
 
     def to_dense(self, state: BlockDiagonalState, parameters: Parameters) -> Float[Array, "p p"]:
         positions = to_matrices(_positions(parameters))
@@ -149,12 +166,21 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         size = sum(leaf.size for leaf in leaves)
         dense = jnp.zeros((size, size), jnp.result_type(*leaves))
         for key, part in parts(parameters).items():
-            blocks = part.block.to_dense(state.average.value[key])
+            blocks = part.block.to_dense(part.operation.shape(), state.average.value[key])
             blocks = blocks.reshape(-1, *blocks.shape[-2:])
             rows = positions[key].reshape(len(blocks), -1)
             for block, index in zip(blocks, rows, strict=True):
                 dense = dense.at[index[:, None], index[None, :]].set(block.astype(dense.dtype))
         return dense
+
+    def as_operator(
+        self, state: BlockDiagonalState, parameters: Parameters, damping: ArrayLike = 0.0
+    ) -> lx.AbstractLinearOperator:
+        damping = damping_by_parameter(parameters, damping)
+        return operator_of(lambda v: self.multiply(state, v), damping, lx.positive_semidefinite_tag)
+
+    def as_preconditioner(self, state: BlockDiagonalState, parameters: Parameters) -> lx.AbstractLinearOperator:
+        return inverse_of(lambda v: self.solve(state, v), parameters)
 
     def _statistics(
         self, linearization: Linearization, found: Mapping[str, Part], key: PRNGKey | None
@@ -197,9 +223,29 @@ def _read_statistics(part: Part, num_examples: int) -> Reading:
     return Reading(block.slot(shape, num_examples), statistic, block.is_sum)
 
 
+def _by_key(
+    parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
+) -> tuple[dict[str, Part], dict[str, Scalar]]:
+    """The parts of the parameters, and a damping for each."""
+    found = parts(parameters)
+    dampings = damping if isinstance(damping, Mapping) else dict.fromkeys(found, damping)
+    return found, {key: scalar("damping", dampings[key]) for key in found}
+
+
+def _factorize(function: Callable, matrices: Mapping[str, tuple], previous: PyTree) -> dict[str, tuple]:
+    """Applies a factorization to all matrices at once."""
+    flat = [matrix for several in matrices.values() for matrix in several]
+    results = iter(linalg.by_size(function, flat, previous))
+    return {key: tuple(next(results) for _ in several) for key, several in matrices.items()}
+
+
+def _after(statistics: PyTree, previous: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: linalg.after(leaf, previous), statistics)
+
+
 def _by_part(function: Callable, vector: Parameters) -> Parameters:
     found, matrices = parts(vector), to_matrices(vector)
-    return from_matrices(vector, {key: function(key, part.block, matrices[key]) for key, part in found.items()})
+    return from_matrices(vector, {key: function(key, part, matrices[key]) for key, part in found.items()})
 
 
 def _positions(parameters: Parameters) -> Parameters:

@@ -1,59 +1,332 @@
 """Products with the exact curvature matrix, which is never formed."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import lineax as lx
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
 
-from .._objective import evaluate
-from .._registry import split_parameters
+from .._capture import Cotangents, Linearization, linearize, linearize_outputs, Outputs, Problem
+from .._registry import parameters_of
+from .._sources import CurvatureSource, ExactGGN
+from .._tree import combine, dot, zeros_like
 from .._types import Model, Parameters, PRNGKey, Where
+from .base import CurvatureEstimator, damping_by_parameter, inverse_of, operator_of
+from .eigendecomposition import Eigendecomposition
+from .products import check_matrix, dense, Hessian, linear_map
 
 
-class ImplicitExactCurvature(eqx.Module):
-    r"""The generalized Gauss-Newton matrix $C = \frac1N \sum_n J_n^\top H_n J_n$ of a batch, by its action.
+class ImplicitExactState(eqx.Module):
+    """The state of an `ImplicitExactCurvature`: a batch, to be run again for every product.
 
-    Holds nothing: each product linearizes the model on the batch. The model is run with empty slots, so that forward
-    mode is available; under `jit` the run is shared with whatever else runs the model at the same parameters.
+    **Fields:**
+
+    - `problem`: model and batch of the last update; `None` before the first one.
+    - `key`: for the source.
+    - `damping`: λ of every parameter, as of the last refresh.
+    - `preconditioner`: the state of the preconditioner.
     """
 
-    def gram(
+    problem: Problem | None
+    key: PRNGKey | None
+    damping: Parameters
+    preconditioner: Any
+
+
+class ImplicitExactCurvature(CurvatureEstimator):
+    r"""The exact curvature matrix of the last batch, by its action on vectors.
+
+    $$C = \tfrac1N \sum_n J_n^\top H_n J_n$$
+
+    with J the derivative of all outputs in the parameters, H what the source says, and N examples; or the Hessian of
+    the whole objective. Nothing is approximated: batch normalization and whatever else mixes examples is
+    differentiated through, as are derivatives of the model within the loss.
+
+    A product takes one pass forward and one backward, after a linearization that `as_operator` makes once and the
+    other methods at each call. No forward mode is asked of the model: a product with J is the transpose of the
+    backward pass. Under `jit` a linearization is shared with whatever else runs the model at the same parameters.
+
+    ??? cite "Source"
+        Schraudolph 2002, doi:10.1162/08997660260028683; Martens 2010, "Deep learning via Hessian-free optimization",
+        for the preconditioned solve.
+    """
+
+    source: CurvatureSource | Hessian
+    preconditioner: CurvatureEstimator | None
+    solver: lx.AbstractLinearSolver
+
+    def __init__(
         self,
-        loss_fn: Callable,
-        model: Model,
-        batch: Any,
-        vectors: Sequence[Parameters],
+        source: CurvatureSource | Hessian = ExactGGN(),
         *,
-        key: PRNGKey | None = None,
-        model_state: Any = None,
-        frozen: Where | None = None,
-    ) -> Float[Array, "k k"]:
+        preconditioner: CurvatureEstimator | None = None,
+        solver: lx.AbstractLinearSolver = lx.CG(rtol=1e-5, atol=1e-8),
+    ):
+        """**Arguments:**
+
+        - `source`: which matrix: [`kfax.ExactGGN`][], [`kfax.ExactFisher`][], [`kfax.EmpiricalFisher`][],
+            [`kfax.Hessian`][], or one that is sampled, whose samples are then those of the key of the last update.
+        - `preconditioner`: an estimator, such as [`kfax.BlockDiagonalCurvature`][]`()`, whose inverse speeds up
+            `solve`. It takes in the same batches.
+        - `solver`: what `solve` uses, with its tolerances.
+
+        **Raises:** `ValueError` for something else than that.
+        """
+        self.source = check_matrix(source)
+        self.preconditioner = preconditioner
+        self.solver = solver
+
+    @property
+    def example_axis(self) -> str | None:
+        """That of the preconditioner."""
+        return None if self.preconditioner is None else self.preconditioner.example_axis
+
+    # -- taking in batches --
+
+    def init(self, model: Model, *, frozen: Where | None = None) -> ImplicitExactState:
+        inner = None if self.preconditioner is None else self.preconditioner.init(model, frozen=frozen)
+        return ImplicitExactState(None, None, zeros_like(parameters_of(model, frozen=frozen)), inner)
+
+    def linearize(self, problem: Problem) -> Linearization:
+        return linearize(problem) if self.preconditioner is None else self.preconditioner.linearize(problem)
+
+    def fold(self, state: ImplicitExactState, linearization: Linearization, key: PRNGKey | None) -> ImplicitExactState:
+        inner = state.preconditioner
+        if self.preconditioner is not None:
+            inner = self.preconditioner.fold(inner, linearization, key)
+        return ImplicitExactState(linearization.problem, key, state.damping, inner)
+
+    def refresh(
+        self, state: ImplicitExactState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
+    ) -> ImplicitExactState:
+        """**Arguments:**
+
+        - `state`: after an update.
+        - `parameters`: any PyTree like the parameters.
+        - `damping`: λ, or one for each block by key, as for [`kfax.BlockDiagonalCurvature`][]. [loss/param²]
+
+        **Returns:** the state with this damping, and the preconditioner refreshed.
+        """
+        inner = state.preconditioner
+        if self.preconditioner is not None:
+            inner = self.preconditioner.refresh(inner, parameters, damping)
+        return ImplicitExactState(state.problem, state.key, damping_by_parameter(parameters, damping), inner)
+
+    def redamp(
+        self, state: ImplicitExactState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
+    ) -> ImplicitExactState:
+        """As `refresh`, but without a refresh of the preconditioner.
+
+        **Arguments:**
+
+        - `state`: after an update.
+        - `parameters`: any PyTree like the parameters.
+        - `damping`: λ, or one for each block by key, as for [`kfax.BlockDiagonalCurvature`][]. [loss/param²]
+
+        **Returns:** the state with this damping.
+        """
+        inner = state.preconditioner
+        if self.preconditioner is not None:
+            inner = self.preconditioner.redamp(inner, parameters, damping)
+        return ImplicitExactState(state.problem, state.key, damping_by_parameter(parameters, damping), inner)
+
+    # -- products --
+
+    def multiply(self, state: ImplicitExactState, vector: Parameters) -> Parameters:
+        return linear_map(self.source, _problem(state), state.key)(vector)
+
+    def gram(self, state: ImplicitExactState, vectors: Sequence[Parameters]) -> Float[Array, "k k"]:
         r"""All the quadratic forms $v_i^\top C v_j$.
 
         **Arguments:**
 
-        - `loss_fn`, `model`, `batch`: as for an estimator's `update`.
+        - `state`: after an update.
         - `vectors`: k PyTrees like the parameters.
-        - `key`, `model_state`, `frozen`: as for an estimator's `update`.
 
-        **Returns:** the symmetric positive semi-definite matrix, in the dtype of the losses. Costs one forward pass
-        and one forward-mode pass for each vector, and no backward pass.
+        **Returns:** the symmetric matrix, in the dtype of the losses (at least float32). For a source of cotangents it
+        costs a forward pass for each vector, and no backward pass.
         """
-        parameters, rest = split_parameters(model, frozen)
+        problem = _problem(state)
+        if isinstance(self.source, Hessian):
+            multiply = linear_map(self.source, problem, state.key)
+            lefts, rights = list(vectors), [multiply(v) for v in vectors]
+            scale = 1.0
+        else:
+            outputs = linearize_outputs(problem)
+            lefts = [outputs.push(v) for v in vectors]
+            rights = [self.source.multiply(outputs.losses, u, state.key) for u in lefts]
+            scale = 1 / outputs.losses[0].num_examples
+        table = scale * jnp.stack([jnp.stack([dot(u, w) for w in rights]) for u in lefts])
+        return (table + table.T) / 2
 
-        def outputs(parameters):
-            evaluation = evaluate(loss_fn, eqx.combine(parameters, rest), batch, key=key, model_state=model_state)
-            losses = evaluation.losses
-            return tuple(loss.outputs for loss in losses), losses
+    def multiply_jacobian(self, state: ImplicitExactState, vector: Parameters) -> Cotangents:
+        """`J v`: how the outputs change along v.
 
-        _, push, losses = jax.linearize(outputs, parameters, has_aux=True)
-        factors = []
-        for vector in vectors:
-            tangents = push(vector)
-            pairs = zip(losses, tangents, strict=True)
-            factors.append([loss.multiply_factor_transpose(tangent) for loss, tangent in pairs])
-        flat = jnp.stack([jnp.concatenate([part.reshape(-1) for part in factor]) for factor in factors])
-        return flat @ flat.T / losses[0].num_examples
+        **Arguments:**
+
+        - `state`: after an update.
+        - `vector`: a PyTree like the parameters.
+
+        **Returns:** for each loss an array of the shape of its outputs.
+        """
+        return linearize_outputs(_problem(state)).push(vector)
+
+    def multiply_jacobian_transpose(self, state: ImplicitExactState, vectors: Cotangents) -> Parameters:
+        """`Jᵀ u`.
+
+        **Arguments:**
+
+        - `state`: after an update.
+        - `vectors`: for each loss an array of the shape of its outputs.
+
+        **Returns:** a PyTree like the parameters.
+        """
+        return linearize_outputs(_problem(state)).pull(vectors)
+
+    def multiply_factor(self, state: ImplicitExactState, vector: Float[Array, "n k"]) -> Parameters:
+        r"""`B w`, of the factor B with `C = B Bᵀ`, which is `Jᵀ S / √N` with `H = S Sᵀ`.
+
+        **Arguments:**
+
+        - `state`: after an update.
+        - `vector`: w, k numbers for each example, where k is `source.num_cotangents(losses)`: for the exact GGN the
+            number of outputs of an example.
+
+        **Returns:** a PyTree like the parameters. With standard normal w its covariance is C.
+        """
+        outputs, source = self._factored(state)
+        pulled = outputs.pull(source.multiply_factor(outputs.losses, vector, state.key))
+        return combine((1 / math.sqrt(outputs.losses[0].num_examples),), (pulled,))
+
+    def multiply_factor_transpose(self, state: ImplicitExactState, vector: Parameters) -> Float[Array, "n k"]:
+        """`Bᵀ v`, the adjoint of `multiply_factor`.
+
+        **Arguments:**
+
+        - `state`: after an update.
+        - `vector`: a PyTree like the parameters.
+
+        **Returns:** k numbers for each example.
+        """
+        outputs, source = self._factored(state)
+        pushed = source.multiply_factor_transpose(outputs.losses, outputs.push(vector), state.key)
+        return pushed / math.sqrt(outputs.losses[0].num_examples)
+
+    def _factored(self, state: ImplicitExactState) -> tuple[Outputs, CurvatureSource]:
+        if isinstance(self.source, Hessian):
+            raise ValueError("The Hessian has no factor. Use a source such as `kfax.ExactGGN()`.")
+        return linearize_outputs(_problem(state)), self.source
+
+    # -- inverses and powers --
+
+    def solve(self, state: ImplicitExactState, vector: Parameters) -> Parameters:
+        """`(C + λI)⁻¹ v`, by the iterative `solver`, with λ as of the last refresh.
+
+        **Arguments:**
+
+        - `state`: after an update and a refresh.
+        - `vector`: a PyTree like the parameters.
+
+        **Returns:** a PyTree like the parameters.
+
+        **Raises:** what lineax raises, when run, if the solver does not converge. For a solve that may stop short take
+        `as_operator` and call `lineax.linear_solve` with `throw=False`.
+        """
+        operator = self._operator(state, state.damping)
+        preconditioner = (
+            _undamp(state.damping) if self.preconditioner is None else self.as_preconditioner(state, vector)
+        )
+        return lx.linear_solve(operator, vector, self.solver, options={"preconditioner": preconditioner}).value
+
+    def power(
+        self, state: ImplicitExactState, vector: Parameters, exponent: ArrayLike, damping: ArrayLike = 0.0
+    ) -> Parameters:
+        """`(C + λI)^p v`.
+
+        **Arguments:**
+
+        - `state`: after an update.
+        - `vector`: a PyTree like the parameters.
+        - `exponent`: p, an integer: repeated products, or solves if it is negative.
+        - `damping`: λ. [loss/param²]
+
+        **Returns:** a PyTree like the parameters.
+
+        **Raises:** `ValueError` for another p.
+        """
+        number = np.asarray(exponent).item()
+        if number != round(number):
+            _refuse(f"the power {exponent}")
+        if number < 0:
+            by_parameter = damping_by_parameter(vector, damping)
+            state = ImplicitExactState(state.problem, state.key, by_parameter, state.preconditioner)
+        operator = self.as_operator(state, vector, damping)
+        for _ in range(abs(int(number))):
+            vector = operator.mv(vector) if number > 0 else self.solve(state, vector)
+        return vector
+
+    def as_operator(
+        self, state: ImplicitExactState, parameters: Parameters, damping: ArrayLike = 0.0
+    ) -> lx.AbstractLinearOperator:
+        return self._operator(state, damping_by_parameter(parameters, damping))
+
+    def _operator(self, state: ImplicitExactState, damping: Parameters) -> lx.AbstractLinearOperator:
+        tag = lx.symmetric_tag if isinstance(self.source, Hessian) else lx.positive_semidefinite_tag
+        return operator_of(linear_map(self.source, _problem(state), state.key), damping, tag)
+
+    def as_preconditioner(self, state: ImplicitExactState, parameters: Parameters) -> lx.AbstractLinearOperator:
+        """The inverse of the `preconditioner`; without one, division by λ, as of the last refresh.
+
+        **Arguments:**
+
+        - `state`: after a refresh.
+        - `parameters`: any PyTree like the parameters.
+
+        **Returns:** an operator on PyTrees like the parameters, tagged as positive semi-definite.
+        """
+        if self.preconditioner is None:
+            return _undamp(state.damping)
+        return self.preconditioner.as_preconditioner(state.preconditioner, parameters)
+
+    # -- what takes a matrix --
+
+    def decompose(self, state: ImplicitExactState, parameters: Parameters) -> Eigendecomposition:
+        _refuse("an eigendecomposition")
+
+    def eigenvalues(self, state: ImplicitExactState, parameters: Parameters) -> Float[Array, " p"]:
+        _refuse("all eigenvalues")
+
+    def diagonal(self, state: ImplicitExactState, parameters: Parameters) -> Parameters:
+        _refuse("a diagonal")
+
+    def to_dense(self, state: ImplicitExactState, parameters: Parameters) -> Float[Array, "p p"]:
+        """C as a matrix, by as many products as there are parameters."""
+        return dense(linear_map(self.source, _problem(state), state.key), parameters)
+
+
+def _undamp(damping: Parameters) -> lx.AbstractLinearOperator:
+    """Division by λ, which brings the smallest eigenvalues to 1: `lineax.CG` takes small ones for zero."""
+
+    def divide(vector):
+        return jax.tree.map(lambda v, by: v / jnp.where(by > 0, by, 1), vector, damping)
+
+    return inverse_of(divide, damping)
+
+
+def _problem(state: ImplicitExactState) -> Problem:
+    if state.problem is None:
+        raise ValueError("No batch was seen yet: `state = estimator.update(state, loss_fn, model, batch)`.")
+    return state.problem
+
+
+def _refuse(what: str) -> NoReturn:
+    raise ValueError(
+        f"`ImplicitExactCurvature` knows its matrix by products only, from which {what} cannot be had. Use "
+        "`kfax.ExplicitExactCurvature` (for few parameters) or `kfax.BlockDiagonalCurvature`, or hand `as_operator` to "
+        "an iterative method."
+    )

@@ -3,6 +3,7 @@
 import abc
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from equinox import AbstractVar
 from jaxtyping import Array, ArrayLike, Bool, Float
@@ -11,22 +12,24 @@ from .._types import PRNGKey, Scalar
 
 
 class Weighting(eqx.Module):
-    """How the losses of all examples and positions are put together.
+    r"""How the losses of all examples and positions are put together.
 
-    $$h = \\frac{c}{\\sum_n w_n} \\sum_n w_n \\sum_p m_{np} \\ell_{np}$$
+    $$h = \frac{c}{\sum_n w_n} \sum_n w_n \frac1R \sum_p m_{np} \ell_{np}$$
 
     An example with no unmasked position at all has weight zero.
 
     **Fields:**
 
-    - `weights`: `(n,)`, or `None` for equal weights.
-    - `mask`: over examples and positions, or `None` if all count.
-    - `scale`: c.
+    - `weights`: w, `(n,)`, or `None` for equal weights.
+    - `mask`: m, over examples and positions, or `None` if all count.
+    - `scale`: c, in the dtype of the value.
+    - `positions`: R, 1 to sum over positions; their (weighted) mean number in an example to average over them.
     """
 
     weights: Float[Array, " n"] | None = None
     mask: Bool[Array, "n ..."] | None = None
     scale: Scalar = eqx.field(default_factory=lambda: jnp.ones(()))
+    positions: Scalar = eqx.field(default_factory=lambda: jnp.ones(()))
 
     @property
     def is_weighted(self) -> bool:
@@ -37,30 +40,48 @@ class Weighting(eqx.Module):
         """The weights divided by their mean, or `None` if they are equal."""
         if not self.is_weighted:
             return None
-        weights = jnp.ones(num_examples, self.scale.dtype) if self.weights is None else self.weights
-        if self.mask is not None:
-            weights = weights * jnp.any(self.mask.reshape(num_examples, -1), axis=1)
+        weights = self._counting(num_examples)
         mean = jnp.mean(weights)
         return jnp.where(mean > 0, weights / jnp.where(mean > 0, mean, 1), 0)
+
+    def total(self, num_examples: int) -> Scalar:
+        """The denominator: `R Σ w_n`, over the examples that are not masked throughout."""
+        return self.positions * jnp.sum(self._counting(num_examples))
 
     def coefficients(self, shape: tuple[int, ...]) -> Float[Array, "n ..."]:
         """The factor, relative to 1/n, with which each example and position counts; broadcasts against `shape`."""
         weights = self.example_weights(shape[0])
-        coefficients = self.scale * (jnp.ones(1, self.scale.dtype) if weights is None else weights)
+        # Where no position counts, nothing is divided by their number.
+        scale = self.scale / jnp.where(self.positions > 0, self.positions, 1)
+        coefficients = scale * (jnp.ones(1, self.scale.dtype) if weights is None else weights)
         ndim = len(shape) if self.mask is None else self.mask.ndim
         coefficients = coefficients.reshape(-1, *(1,) * (ndim - 1))
         if self.mask is not None:
             coefficients = coefficients * self.mask
         return coefficients.reshape(*coefficients.shape, *(1,) * (len(shape) - coefficients.ndim))
 
+    def _counting(self, num_examples: int) -> Float[Array, " n"]:
+        """The weights, with zero for what is masked throughout."""
+        weights = jnp.ones(num_examples, self.scale.dtype) if self.weights is None else self.weights
+        return weights if self.mask is None else weights * jnp.any(self.mask.reshape(num_examples, -1), axis=1)
+
 
 class Loss(eqx.Module):
     r"""The outputs of a model on a batch, and what is to be made of them.
 
     Its value is the (weighted) mean over the examples, axis 0 of the outputs, of the losses ℓ_n; over any further axes
-    of positions the losses are summed. The loss is the negative log-likelihood of a distribution whose natural
-    parameters are the outputs, so that its Hessian in the outputs, $H = S S^\top$, does not depend on the targets and
-    is the Fisher information as well. Multiply a loss by a number to weigh it against others.
+    of positions the losses are summed. Two matrices say how curved it is in the outputs of an example, each given by
+    products with a factor of it:
+
+    - the Hessian $H = S S^\top$ of ℓ_n, from which the generalized Gauss-Newton matrix (GGN) is made;
+    - the Fisher information $F = T T^\top$, the mean of $\nabla \ell_n \nabla \ell_n^\top$ over targets drawn from
+      the distribution of which ℓ_n is the negative log-likelihood.
+
+    All methods that take or return an array of the outputs' shape are per example and position, and without weights:
+    apply `weigh` to what `ggn_factor`, `fisher_factor`, `gradient` and `sampled_gradient` return, and to what their
+    transposes take. A method that a loss has no answer to raises a `ValueError`. Multiply a loss by a number to weigh
+    it against others. To define a loss, subclass [`kfax.NaturalLoss`][] if its outputs are natural parameters, for
+    then the two matrices are one.
     """
 
     outputs: AbstractVar[Float[Array, "n ..."]]
@@ -73,16 +94,28 @@ class Loss(eqx.Module):
         """ℓ for each example and position, unweighted; may keep the outputs' last axis, to be summed."""
 
     @abc.abstractmethod
-    def factor(self, vector: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
-        """`S v`: from the shape of the outputs to the shape of the outputs, unweighted."""
+    def ggn_factor(self, vector: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        """`S v`."""
 
     @abc.abstractmethod
-    def factor_transpose(self, vector: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
-        """`Sᵀ u`: from the shape of the outputs to the shape of the outputs, unweighted."""
+    def ggn_factor_transpose(self, vector: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        """`Sᵀ u`."""
+
+    @abc.abstractmethod
+    def ggn_product(self, vector: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        """`H u`."""
+
+    @abc.abstractmethod
+    def fisher_factor(self, vector: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        """`T v`."""
+
+    @abc.abstractmethod
+    def fisher_factor_transpose(self, vector: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        """`Tᵀ u`."""
 
     @abc.abstractmethod
     def sampled_gradient(self, key: PRNGKey) -> Float[Array, "n ..."]:
-        """The gradient of ℓ in the outputs, unweighted, with targets drawn from the model's own distribution."""
+        """The gradient of ℓ in the outputs, with targets drawn from the model's own distribution."""
 
     # -- what follows from it --
 
@@ -95,23 +128,23 @@ class Loss(eqx.Module):
         """The weights of the examples divided by their mean, or `None` if they are equal."""
         return self.weighting.example_weights(self.num_examples)
 
+    def total_weight(self) -> Scalar:
+        """How much this batch counts among batches of a data set.
+
+        It is the denominator of the mean that the value is. So the mean of the values of all batches of a data set,
+        weighted by it, is the value for the whole data set, however it was split.
+        """
+        return self.weighting.total(self.num_examples)
+
     def value(self) -> Scalar:
         """The scalar to be minimized."""
         losses = self.losses()
         total = jnp.sum(self.weighting.coefficients(losses.shape) * losses)
         return total / self.num_examples
 
-    def multiply_factor(self, vector: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
-        """`S v` with weights: the sum over a basis of v of the outer products of the result is `n ∂²h/∂outputs²`."""
-        return self.weigh(self.factor(vector))
-
-    def multiply_factor_transpose(self, vector: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
-        """`Sᵀ u` with weights: the adjoint of `multiply_factor`."""
-        return self.factor_transpose(self.weigh(vector))
-
-    def sampled_cotangent(self, key: PRNGKey) -> Float[Array, "n ..."]:
-        """A random vector whose second moment is `n ∂²h/∂outputs²`: the gradient for sampled targets, weighted."""
-        return self.weigh(self.sampled_gradient(key))
+    def gradient(self) -> Float[Array, "n ..."]:
+        """The gradient of ℓ in the outputs, for the given targets."""
+        return jax.grad(lambda f: jnp.sum(eqx.tree_at(lambda loss: loss.outputs, self, f).losses()))(self.outputs)
 
     def weigh(self, vector: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
         """Multiplies by the square root of the weights, since a curvature is a second moment."""
@@ -122,6 +155,40 @@ class Loss(eqx.Module):
         return eqx.tree_at(lambda loss: loss.weighting.scale, self, scale * jnp.asarray(other, scale.dtype))
 
     __rmul__ = __mul__
+
+
+class NaturalLoss(Loss):
+    r"""The negative log-likelihood of a distribution whose natural parameters are the outputs.
+
+    Then its Hessian in the outputs does not depend on the targets, and is the Fisher information as well:
+    $H = F = S S^\top$.
+
+    ??? cite "Source"
+        Martens 2020, arXiv:1412.1193, section 9.2.
+    """
+
+    @abc.abstractmethod
+    def factor(self, vector: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        """`S v`: from the shape of the outputs to the shape of the outputs, unweighted."""
+
+    @abc.abstractmethod
+    def factor_transpose(self, vector: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        """`Sᵀ u`: from the shape of the outputs to the shape of the outputs, unweighted."""
+
+    def ggn_factor(self, vector: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        return self.factor(vector)
+
+    def ggn_factor_transpose(self, vector: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        return self.factor_transpose(vector)
+
+    def ggn_product(self, vector: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        return self.factor(self.factor_transpose(vector))
+
+    def fisher_factor(self, vector: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        return self.factor(vector)
+
+    def fisher_factor_transpose(self, vector: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        return self.factor_transpose(vector)
 
 
 def check_outputs(name: str, outputs: Array) -> None:
@@ -138,16 +205,16 @@ def check_outputs(name: str, outputs: Array) -> None:
         )
 
 
-def weigh_outputs(
+def make_weighting(
     name: str,
     outputs: Float[Array, "n ..."],
+    positions: tuple[int, ...],
     weights: ArrayLike | None,
     mask: ArrayLike | None,
     mean_over_positions: bool,
-) -> tuple[Float[Array, "n ..."], Weighting]:
-    """Checks weights and mask, and hides masked outputs so that not even a NaN among them has an effect."""
+) -> Weighting:
+    """Checks weights and mask. `positions` are the leading axes of the outputs, from the examples on."""
     num_examples = outputs.shape[0]
-    positions = outputs.shape[:-1] if outputs.ndim > 1 else outputs.shape
     dtype = jnp.promote_types(outputs.dtype, jnp.float32)
     if weights is not None:
         weights = jnp.asarray(weights, dtype)
@@ -163,29 +230,45 @@ def weigh_outputs(
                 f"`mask` of `{name}` must be boolean, True where a position counts, and of shape {positions} or "
                 f"{(num_examples,)}, got {mask.dtype} of shape {mask.shape}."
             )
-        outputs = jnp.where(mask.reshape(*mask.shape, *(1,) * (outputs.ndim - mask.ndim)), outputs, 0)
-    weighting = Weighting(weights, mask, jnp.ones((), dtype))
+    weighting = Weighting(weights, mask, jnp.ones((), dtype), jnp.ones((), dtype))
     if mean_over_positions:
         # The mean is over all positions that count: the sum, divided by their (weighted) mean number in an example.
         counts = jnp.broadcast_to(weighting.coefficients(positions), positions)
-        number = jnp.sum(counts) / num_examples
-        weighting = eqx.tree_at(lambda w: w.scale, weighting, jnp.where(number > 0, 1 / number, 0))
-    return outputs, weighting
+        weighting = eqx.tree_at(lambda w: w.positions, weighting, jnp.sum(counts) / num_examples)
+    return weighting
 
 
-def hide(targets: Array, weighting: Weighting) -> Array:
-    """Zeros in place of masked targets."""
-    if weighting.mask is None:
-        return targets
+def weigh_outputs(
+    name: str,
+    outputs: Float[Array, "n ..."],
+    weights: ArrayLike | None,
+    mask: ArrayLike | None,
+    mean_over_positions: bool,
+) -> tuple[Float[Array, "n ..."], Weighting]:
+    """Checks weights and mask, and hides masked outputs so that not even a NaN among them has an effect."""
+    positions = outputs.shape[:-1] if outputs.ndim > 1 else outputs.shape
+    weighting = make_weighting(name, outputs, positions, weights, mask, mean_over_positions)
+    return hide(outputs, weighting), weighting
+
+
+def hide(array: Array, weighting: Weighting) -> Array:
+    """Zeros in place of what is masked."""
     mask = weighting.mask
-    return jnp.where(mask.reshape(*mask.shape, *(1,) * (targets.ndim - mask.ndim)), targets, 0)
+    return array if mask is None else jnp.where(expand(mask, array), array, 0)
 
 
-def real_targets(name: str, targets: ArrayLike, outputs: Float[Array, "n ..."], weighting: Weighting) -> Array:
+def expand(mask: Bool[Array, "..."], array: Array) -> Bool[Array, "..."]:
+    """The mask of an array's leading axes, with ones for the others."""
+    return mask.reshape(*mask.shape, *(1,) * (array.ndim - mask.ndim))
+
+
+def real_targets(
+    name: str, targets: ArrayLike, outputs: Float[Array, "n ..."], weighting: Weighting, noun: str = "targets"
+) -> Array:
     """Targets of the outputs' shape and dtype."""
     targets = jnp.asarray(targets)
     if targets.shape != outputs.shape:
         raise ValueError(
-            f"`targets` of `{name}` must have the shape of the outputs, {outputs.shape}, got {targets.shape}."
+            f"`{noun}` of `{name}` must have the shape of the outputs, {outputs.shape}, got {targets.shape}."
         )
     return hide(targets.astype(outputs.dtype), weighting)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from .._types import PRNGKey
-from .base import check_outputs, Loss, real_targets, weigh_outputs, Weighting
+from .base import check_outputs, NaturalLoss, real_targets, weigh_outputs, Weighting
 
 
-class SigmoidCrossEntropy(Loss):
+class SigmoidCrossEntropy(NaturalLoss):
     r"""$\ell = -\sum_i y_i \log \sigma(f_i) + (1 - y_i) \log \sigma(-f_i)$.
 
     Its Hessian in the logits f is $\mathrm{diag}(\sigma(f) \sigma(-f))$. Made by [`kfax.sigmoid_cross_entropy`][].

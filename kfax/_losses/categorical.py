@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from .._types import PRNGKey
-from .base import check_outputs, hide, Loss, real_targets, weigh_outputs, Weighting
+from .base import check_outputs, hide, NaturalLoss, real_targets, weigh_outputs, Weighting
 
 
-class SoftmaxCrossEntropy(Loss):
+class SoftmaxCrossEntropy(NaturalLoss):
     r"""$\ell = -\log \mathrm{softmax}(f)_y$, or $-\sum_c y_c \log \mathrm{softmax}(f)_c$ for a distribution y.
 
     Its Hessian in the logits f is $\mathrm{diag}(p) - p p^\top = S S^\top$ with $p = \mathrm{softmax}(f)$ and

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from .._types import PRNGKey
-from .base import check_outputs, Loss, real_targets, weigh_outputs, Weighting
+from .base import check_outputs, NaturalLoss, real_targets, weigh_outputs, Weighting
 
 
-class SquaredError(Loss):
+class SquaredError(NaturalLoss):
     r"""$\ell = \sum_i (f_i - y_i)^2$, without a factor 1/2.
 
     Up to a constant this is the negative log-likelihood of a normal distribution with mean f and variance 1/2. Its

@@ -1,0 +1,191 @@
+"""The exact curvature matrix, formed."""
+
+from collections.abc import Callable, Mapping
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, ArrayLike, Float
+
+from .. import _linalg as linalg
+from .._blocks import check_inversion, Cholesky, Inverse, Inversion, Product
+from .._capture import Linearization, linearize, Problem
+from .._ema import MovingAverage
+from .._registry import parameters_of
+from .._scalars import within_unit
+from .._sources import CurvatureSource, ExactGGN
+from .._types import Model, Parameters, PRNGKey, Scalar, Where
+from .base import CurvatureEstimator, damping_by_parameter, inverse_of, operator_of, total_weight
+from .eigendecomposition import DenseEigendecomposition
+from .products import check_matrix, dense, Hessian, linear_map, VECTORS
+
+
+class ExplicitExactState(eqx.Module):
+    """The state of an `ExplicitExactCurvature`.
+
+    **Fields:**
+
+    - `average`: of the matrix, `(p, p)`. Changes with every update.
+    - `inverse`: what `solve` applies. Changes with every refresh.
+    """
+
+    average: MovingAverage
+    inverse: Inverse
+
+
+class ExplicitExactCurvature(CurvatureEstimator):
+    r"""The exact curvature matrix as a dense array: for small models, demonstrations and tests.
+
+    $$C = \tfrac1N \sum_n J_n^\top H_n J_n$$
+
+    with J the derivative of all outputs in the parameters, H what the source says (estimated, if it draws random
+    numbers), and N examples; or the Hessian of the whole objective. Batch normalization and whatever else mixes
+    examples is differentiated through.
+
+    An update takes a pass forward and one backward for each of the P parameters, whatever the number of outputs. The
+    state takes memory for `2 P²` numbers, a refresh about `2 P³` flops.
+    """
+
+    source: CurvatureSource | Hessian
+    decay: Scalar
+    inversion: Inversion
+    max_dim: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        source: CurvatureSource | Hessian = ExactGGN(),
+        *,
+        decay: ArrayLike = 0.95,
+        inversion: Inversion = Cholesky(),
+        max_dim: int = 10_000,
+    ):
+        """**Arguments:**
+
+        - `source`: which curvature matrix is computed, or estimated: any curvature source, or [`kfax.Hessian`][]`()`.
+        - `decay`: ε of the running average over updates, in (0, 1]; 1 is the plain mean.
+        - `inversion`: [`kfax.Cholesky`][]`()`, or [`kfax.Eigh`][]`()` for a damping that changes without a refresh,
+            and for a Hessian that is indefinite.
+        - `max_dim`: the largest number of parameters that is accepted.
+
+        **Raises:** `ValueError` for values out of their range.
+        """
+        self.source = check_matrix(source)
+        self.decay = within_unit("decay", decay)
+        self.inversion = check_inversion(inversion)
+        self.max_dim = max_dim
+
+    @property
+    def example_axis(self) -> None:
+        """None is needed."""
+        return None
+
+    def init(self, model: Model, *, frozen: Where | None = None) -> ExplicitExactState:
+        flat = jax.eval_shape(lambda: ravel_pytree(parameters_of(model, frozen=frozen))[0])
+        if flat.size > self.max_dim:
+            gigabytes = flat.size**2 * flat.dtype.itemsize / 1e9
+            raise ValueError(
+                f"The matrix of {flat.size:,} parameters would take {gigabytes:,.1f} GB, and as much again "
+                "for its inverse. Use `kfax.BlockDiagonalCurvature()`, or products with the same matrix from "
+                "`kfax.ImplicitExactCurvature()`, or, if there is the memory, "
+                f"`kfax.ExplicitExactCurvature(max_dim={flat.size})`."
+            )
+        matrix = jnp.zeros((flat.size, flat.size), jnp.promote_types(flat.dtype, jnp.float32))
+        eye = jnp.eye(flat.size, dtype=matrix.dtype)
+        result = (jnp.zeros_like(matrix[0]), eye) if self.inversion.diagonalizes else eye
+        inverse = self.inversion.finish(self._product(matrix), jnp.ones(()), (result,))
+        return ExplicitExactState(MovingAverage.zeros(matrix), inverse)
+
+    def linearize(self, problem: Problem) -> Linearization:
+        return linearize(problem)
+
+    def fold(self, state: ExplicitExactState, linearization: Linearization, key: PRNGKey | None) -> ExplicitExactState:
+        problem = linearization.problem
+        matrix = dense(linear_map(self.source, problem, key), problem.parameters)
+        matrix = matrix.astype(state.average.value.dtype)
+        average = state.average.update(matrix, self.decay, total_weight(linearization.losses))
+        return ExplicitExactState(average, state.inverse)
+
+    def refresh(
+        self, state: ExplicitExactState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
+    ) -> ExplicitExactState:
+        """**Arguments:**
+
+        - `state`: with the matrix to be used.
+        - `parameters`: any PyTree like the parameters; its values are not used.
+        - `damping`: λ, or one for each block by key, as for [`kfax.BlockDiagonalCurvature`][]. [loss/param²]
+
+        **Returns:** the state with a new inverse.
+        """
+        by_parameter = ravel_pytree(damping_by_parameter(parameters, damping))[0].astype(state.average.value.dtype)
+        # What all parameters have in common may change by `redamp`.
+        common = jnp.min(by_parameter)
+        product = self._product(state.average.value + jnp.diag(by_parameter - common))
+        function = linalg.eigh if self.inversion.diagonalizes else linalg.psd_inverse
+        results = linalg.by_size(function, self.inversion.matrices(product, common))
+        return ExplicitExactState(state.average, self.inversion.finish(product, common, tuple(results)))
+
+    def redamp(
+        self, state: ExplicitExactState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
+    ) -> ExplicitExactState:
+        """**Arguments:**
+
+        - `state`: after a refresh.
+        - `parameters`: any PyTree like the parameters; its values are not used.
+        - `damping`: λ, or one for each block by key: then their smallest counts, and by how much others exceed it is
+            as of the last refresh. [loss/param²]
+
+        **Returns:** the state with another damping if the inversion is [`kfax.Eigh`][], or else the same one.
+        """
+        common = jnp.min(ravel_pytree(damping_by_parameter(parameters, damping))[0])
+        return ExplicitExactState(state.average, state.inverse.redamp(common))
+
+    def decompose(self, state: ExplicitExactState, parameters: Parameters) -> DenseEigendecomposition:
+        product = self._product(state.average.value)
+        return DenseEigendecomposition({"": product.spectrum((linalg.eigh(product.right),))})
+
+    def power(
+        self, state: ExplicitExactState, vector: Parameters, exponent: ArrayLike, damping: ArrayLike = 0.0
+    ) -> Parameters:
+        return self.decompose(state, vector).power(vector, exponent, damping)
+
+    def eigenvalues(self, state: ExplicitExactState, parameters: Parameters) -> Float[Array, " p"]:
+        return self.decompose(state, parameters).eigenvalues()
+
+    def solve(self, state: ExplicitExactState, vector: Parameters) -> Parameters:
+        flat, unravel = self._ravel(state, vector)
+        return unravel(state.inverse.solve(flat))
+
+    def multiply(self, state: ExplicitExactState, vector: Parameters) -> Parameters:
+        flat, unravel = self._ravel(state, vector)
+        return unravel(self._product(state.average.value).multiply(flat))
+
+    def diagonal(self, state: ExplicitExactState, parameters: Parameters) -> Parameters:
+        flat, unravel = self._ravel(state, parameters)
+        return unravel(jnp.diagonal(state.average.value).astype(flat.dtype))
+
+    def to_dense(self, state: ExplicitExactState, parameters: Parameters) -> Float[Array, "p p"]:
+        return state.average.value
+
+    def as_operator(
+        self, state: ExplicitExactState, parameters: Parameters, damping: ArrayLike = 0.0
+    ) -> lx.AbstractLinearOperator:
+        tag = lx.symmetric_tag if isinstance(self.source, Hessian) else lx.positive_semidefinite_tag
+        damping = damping_by_parameter(parameters, damping)
+        return operator_of(lambda v: self.multiply(state, v), damping, tag)
+
+    def as_preconditioner(self, state: ExplicitExactState, parameters: Parameters) -> lx.AbstractLinearOperator:
+        return inverse_of(lambda v: self.solve(state, v), parameters)
+
+    def _ravel(self, state: ExplicitExactState, vector: Parameters) -> tuple[Float[Array, " p"], Callable]:
+        flat, unravel = ravel_pytree(vector)
+        if len(state.average.value) != flat.size:
+            raise ValueError(
+                f"A vector of {flat.size} numbers does not fit a matrix of {len(state.average.value)} parameters. "
+                f"{VECTORS}"
+            )
+        return flat, unravel
+
+    def _product(self, matrix: Float[Array, "p p"]) -> Product:
+        return Product(None, matrix, 0, is_psd=not isinstance(self.source, Hessian))

@@ -1,0 +1,76 @@
+"""Exact curvature of one batch, as linear maps of vectors like the parameters."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from .._capture import linearize_outputs, Problem
+from .._sources import CurvatureSource
+from .._tree import combine
+from .._types import Parameters, PRNGKey
+
+
+class Hessian(eqx.Module):
+    """The matrix of second derivatives of the whole objective, penalties included. It may be indefinite.
+
+    Not a source of cotangents, so that only the exact estimators take it.
+    """
+
+
+def check_matrix(source: CurvatureSource | Hessian) -> CurvatureSource | Hessian:
+    if not isinstance(source, CurvatureSource | Hessian):
+        raise ValueError(
+            f"`source` must be a curvature source, or `kfax.Hessian()`; such as `kfax.ExactGGN()`, got {source!r}."
+        )
+    return source
+
+
+def linear_map(
+    source: CurvatureSource | Hessian, problem: Problem, key: PRNGKey | None
+) -> Callable[[Parameters], Parameters]:
+    """`v -> C v`, with what does not depend on v computed at once."""
+    if isinstance(source, Hessian):
+
+        def value(parameters):
+            return problem.evaluate(parameters).value()
+
+        product = jax.linearize(jax.grad(value), problem.parameters)[1]
+        return lambda vector: product(_check(vector, problem))
+    outputs = linearize_outputs(problem)
+
+    def multiply(vector):
+        product = source.multiply(outputs.losses, outputs.push(_check(vector, problem)), key)
+        return combine((1 / outputs.losses[0].num_examples,), (outputs.pull(product),))
+
+    return multiply
+
+
+VECTORS = (
+    "Vectors are like `kfax.parameters_of(model)`, or `kfax.parameters_of(model, frozen=...)` if `update` was given "
+    "`frozen=`."
+)
+
+
+def _check(vector: Parameters, problem: Problem) -> Parameters:
+    if jax.tree.structure(vector) != jax.tree.structure(problem.parameters):
+        raise ValueError(f"A vector has not the structure of the parameters. {VECTORS}")
+    return vector
+
+
+def dense(multiply: Callable[[Parameters], Parameters], like: Parameters) -> Float[Array, "p p"]:
+    """The matrix of a linear map, column by column, in a loop that is compiled once."""
+    flat, unravel = ravel_pytree(like)
+
+    def column(unit):
+        return ravel_pytree(multiply(unravel(unit)))[0]
+
+    columns = jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype), batch_size=_COLUMNS_AT_ONCE)
+    return (columns + columns.T) / 2
+
+
+# Enough for the matrix units to be busy, few enough for a large batch to fit in memory.
+_COLUMNS_AT_ONCE = 32

@@ -1,0 +1,40 @@
+"""Terms of the objective without curvature."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import ArrayLike
+
+from .._types import Scalar
+
+
+def _scalar(value: Any) -> Scalar:
+    value = jnp.asarray(value)
+    if value.ndim != 0 or not jnp.isrealobj(value):
+        raise ValueError(
+            f"`Penalty` takes a single real number, got {value.dtype} of shape {value.shape}. Sum or average it first."
+        )
+    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+
+class Penalty(eqx.Module):
+    """A term of the objective that has a gradient but no curvature: L1, a KL divergence, a load balance.
+
+    Return it from `loss_fn` next to a [`kfax.Loss`][]: `[loss, 0.01 * kfax.Penalty(value)]`. Its gradient is exact;
+    every estimate of the curvature leaves it out. For L2 use [`kfax.L2`][], whose curvature is known.
+    """
+
+    value: Scalar
+
+    def __init__(self, value: ArrayLike):
+        """**Arguments:**
+
+        - `value`: a scalar, in the unit of the loss.
+        """
+        self.value = _scalar(value)
+
+    def __mul__(self, other: ArrayLike) -> "Penalty":
+        return Penalty(self.value * jnp.asarray(other, self.value.dtype))
+
+    __rmul__ = __mul__

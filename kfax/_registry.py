@@ -166,11 +166,13 @@ def set_block(model: Model, where: Where | str, block: Block | Mapping[str, Bloc
 
     - `model`: the tagged model.
     - `where`: a function of the model that returns tagged layers, or nodes that contain some, as in `equinox.tree_at`:
-        `lambda model: [model.layers[0], model.head]`. Or the path of such a node as [`kfax.coverage`][] prints it.
+        `lambda model: [model.layers[0], model.head]`, or `lambda model: model` for all. Or the path of such a node as
+        [`kfax.coverage`][] prints it.
     - `block`: the new block of all these layers; for layers with several operations, it may be a dictionary with a
         block for each by name.
 
-    **Returns:** the model with that block.
+    **Returns:** the model with that block. Its structure is another one: gradients and states of the old model do not
+    fit it.
 
     **Raises:** `ValueError` if there is no tagged layer there.
     """

@@ -73,7 +73,8 @@ class ImplicitExactCurvature(CurvatureEstimator):
             [`kfax.Hessian`][], or one that is sampled, whose samples are then those of the key of the last update.
         - `preconditioner`: an estimator, such as [`kfax.BlockDiagonalCurvature`][]`()`, whose inverse speeds up
             `solve`. It takes in the same batches.
-        - `solver`: what `solve` uses, with its tolerances.
+        - `solver`: what `solve` uses, with its tolerances. That of `lineax.CG` bounds each entry of the residual and of
+            the last change of the solution, relative to the right-hand side and to the solution.
 
         **Raises:** `ValueError` for something else than that.
         """

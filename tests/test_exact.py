@@ -60,13 +60,9 @@ def flat(tree):
 # -- the matrix --
 
 
+# `test_combinations` has every loss with every matrix; here it is the models that differ.
 @grid(
-    slow=lambda model, loss, source: (
-        model != "mlp" and (loss, source) not in [("softmax", "ggn"), ("squared", "hessian")]
-    ),
-    model=MODELS,
-    loss=LOSSES,
-    source=SOURCES,
+    slow=lambda model, loss, source: loss != "softmax" or source == "fisher", model=MODELS, loss=LOSSES, source=SOURCES
 )
 def test_implicit_is_explicit_is_dense(model, loss, source):
     case = make_case(model, loss)
@@ -110,7 +106,7 @@ def test_jacobian_products():
     assert_close(flat(pull), jnp.einsum("ncp,nc->p", jacobian, u))
 
 
-@grid(loss=LOSSES, source=["ggn", "empirical"], masked=[False, True])
+@grid(loss=["softmax"], source=["ggn", "empirical"], masked=[False, True])
 def test_weights_and_masks(loss, source, masked):
     weights = jnp.array([1.0, 0.5, 0.0, 2.0, 1.5, 1.0])
     mask = jnp.array([True, False, True, True, True, False])
@@ -432,8 +428,8 @@ def test_a_preconditioner_saves_iterations():
 # -- the whole model's eigendecomposition --
 
 
-@grid(model=MODELS, inversion=["cholesky", "eigh"])
-def test_eigendecomposition_of_blocks(model, inversion):
+@grid(model=MODELS)
+def test_eigendecomposition_of_blocks(model):
     case = make_case(model, "softmax")
     estimator = kfax.BlockDiagonalCurvature(kfax.ExactGGN(), example_axis="batch")
     state, p, v = updated(estimator, case), parameters(case.model), like(case, 1)

@@ -74,7 +74,7 @@ def psd_inverse(matrix: Float[Array, "*stack d d"]) -> Float[Array, "*stack d d"
 
 
 def eigh(matrix: Float[Array, "*stack d d"]) -> tuple[Float[Array, "*stack d"], Float[Array, "*stack d d"]]:
-    """Eigenvalues and eigenvectors (as columns) of (a stack of) symmetric matrices: about 9 d³ multiply-adds each."""
+    """Eigenvalues and eigenvectors (as columns) of (a stack of) symmetric matrices: about 9 d³ flops each."""
     if matrix.shape[-1] == 1:
         return matrix[..., 0], jnp.ones_like(matrix)
     values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)

@@ -134,6 +134,9 @@ class Optimizer(eqx.Module):
         self.loss_fn = loss_fn
         self.learning_rate = _coefficient("learning_rate", learning_rate)
         self.momentum = _coefficient("momentum", momentum)
+        if isinstance(learning_rate, QuadraticModel) and isinstance(momentum, QuadraticModel):
+            if learning_rate != momentum:
+                raise ValueError("Learning rate and momentum must be chosen by one `kfax.QuadraticModel`.")
         self.damping = as_damping_rule(damping)
         self.l2 = l2 if isinstance(l2, L2) else L2(l2)
         self.estimator = BlockDiagonalCurvature() if estimator is None else estimator
@@ -276,7 +279,7 @@ class Optimizer(eqx.Module):
         learning_rate, momentum = given
         if learning_rate is not None and momentum is not None:
             return (learning_rate, momentum), None
-        exact = ImplicitExactCurvature()
+        exact = ImplicitExactCurvature(self._quadratic_model().source)
         batch = exact.fold(exact.init(now.problem.model, frozen=self.frozen), now.linearization, None)
         gram = exact.gram(batch, directions)
         l2 = _table(directions, tuple(self.l2.multiply(now.mask, v) for v in directions))
@@ -284,6 +287,10 @@ class Optimizer(eqx.Module):
         plane = PlaneModel(gram + l2, _table(directions, directions), slopes)
         coefficients = plane.minimize(now.damping, learning_rate, momentum)
         return coefficients, plane.change(jnp.stack(coefficients))
+
+    def _quadratic_model(self) -> QuadraticModel:
+        models = [each for each in (self.learning_rate, self.momentum) if isinstance(each, QuadraticModel)]
+        return models[0] if models else QuadraticModel()
 
     def _assess(
         self,

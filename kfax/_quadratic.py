@@ -4,6 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ._sources import CurvatureSource, EmpiricalFisher, ExactFisher, ExactGGN
 from ._types import Scalar
 
 
@@ -14,12 +15,30 @@ class QuadraticModel(eqx.Module):
     \delta = \alpha \Delta + \beta v$$
 
     Δ is the preconditioned descent direction, v the previous update, C the exact generalized Gauss-Newton matrix of
-    the batch, η the coefficient of L2 and λ the damping. It takes one forward-mode pass through the model for each of
-    Δ and v. Meant for large batches: on a small batch it trusts the batch's own curvature too much.
+    the batch (or what `source` says), η the coefficient of L2 and λ the damping. It takes one forward pass of
+    derivatives through the model for each of Δ and v. Meant for large batches: on a small batch it trusts the batch's
+    own curvature too much.
 
     ??? cite "Source"
         Martens & Grosse 2015, arXiv:1503.05671, sections 6.4 and 7.
     """
+
+    source: CurvatureSource
+
+    def __init__(self, source: CurvatureSource = ExactGGN()):
+        """**Arguments:**
+
+        - `source`: which matrix C is: [`kfax.ExactGGN`][]`()`; or [`kfax.ExactFisher`][]`()` for losses without a
+            generalized Gauss-Newton matrix, such as [`kfax.gaussian_nll`][]; or [`kfax.EmpiricalFisher`][]`()`.
+
+        **Raises:** `ValueError` for something else, or a source that draws random numbers.
+        """
+        if not isinstance(source, ExactGGN | ExactFisher | EmpiricalFisher):
+            raise ValueError(
+                "`source` of `kfax.QuadraticModel` must be `kfax.ExactGGN()`, `kfax.ExactFisher()` or "
+                f"`kfax.EmpiricalFisher()`, got {source!r}."
+            )
+        self.source = source
 
 
 class PlaneModel(eqx.Module):

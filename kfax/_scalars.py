@@ -20,8 +20,8 @@ def scalar(name: str, value: Any) -> Scalar:
         ) from error
     if array.ndim != 0:
         raise ValueError(
-            f"`{name}` must be a single number, got an array of shape {array.shape}. To try several at once, make the "
-            "optimizer inside `equinox.filter_vmap`."
+            f"`{name}` must be a single number, got an array of shape {array.shape}. To try several at once, map over "
+            "them by `equinox.filter_vmap`, around all that depends on them."
         )
     return array
 
@@ -34,6 +34,14 @@ def positive(name: str, value: Any) -> Scalar:
             f"`{name}` must be positive, got {value}. Damping keeps the inverse of a singular curvature finite; for "
             "as little as is safe in float32 try 1e-8 times the largest curvature."
         )
+    return array
+
+
+def nonnegative(name: str, value: Any) -> Scalar:
+    """A scalar array, checked not to be negative if its value can be known."""
+    array = scalar(name, value)
+    if not is_traced(array) and float(array) < 0:
+        raise ValueError(f"`{name}` must not be negative, got {value}.")
     return array
 
 

@@ -292,8 +292,8 @@ def _dot(left: Cotangents, right: Cotangents) -> Float[Array, " n"]:
 
 
 def _check_samples(num_samples: int) -> int:
-    if num_samples < 1:
-        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"`num_samples` must be a number, at least 1, got {num_samples}.")
     return num_samples
 
 

@@ -72,7 +72,15 @@ def tie(x: PyTree[Array], to: Any) -> PyTree[Array]:
 
 
 def cond(predicate: Any, on_true: Callable[[], Any], on_false: Callable[[], Any]) -> Any:
-    """`jax.lax.cond`, or a plain `if` where the predicate's value is known."""
-    if is_traced(predicate):
-        return jax.lax.cond(predicate, on_true, on_false)
-    return on_true() if predicate else on_false()
+    """`jax.lax.cond`, or a plain `if` where the predicate's value is known. What is no array must be the same."""
+    if not is_traced(predicate):
+        return on_true() if predicate else on_false()
+    rest = []
+
+    def arrays(branch):
+        dynamic, static = eqx.partition(branch(), eqx.is_array)
+        rest.append(static)
+        return dynamic
+
+    dynamic = jax.lax.cond(predicate, lambda: arrays(on_true), lambda: arrays(on_false))
+    return eqx.combine(dynamic, rest[0])

@@ -411,3 +411,72 @@ def test_half_precision_cannot_be_checked():
     made = kfax.squared_error(F.astype(jnp.bfloat16), F)
     with pytest.raises(ValueError, match="float32 or float64 outputs, to tell errors from rounding, got bfloat16"):
         kfax.check_loss(made, key=KEY)
+
+
+def test_a_nonconvex_function_has_one_matrix():
+    """The positive part of its Hessian, in products, factors and blocks alike."""
+    f = random(1, 6, 3)
+
+    def wavy(f):
+        return jnp.sum(jnp.cos(2 * f)) + 0.1 * jnp.sum(f) ** 2
+
+    made = kfax.function_loss(wavy, f)
+    hessians = jax.vmap(jax.hessian(wavy))(f)
+    values, vectors = jnp.linalg.eigh(hessians)
+    assert jnp.min(values) < -1
+    positive = jnp.einsum("nij,nj,nkj->nik", vectors, jnp.maximum(values, 0), vectors)
+    u = random(2, 6, 3)
+    expected = jnp.einsum("nij,nj->ni", positive, u)
+    assert_close(made.ggn_product(u), expected)
+    assert_close(made.ggn_factor(made.ggn_factor_transpose(u)), expected)
+    with pytest.raises(ValueError, match="FunctionLoss.ggn_product` is wrong"):
+        kfax.check_loss(made, key=KEY)
+
+
+def test_a_method_that_fails_is_not_one_without_an_answer():
+    class Broken(kfax.NaturalLoss):
+        outputs: jax.Array
+        weighting: kfax.Weighting
+
+        def losses(self):
+            return self.outputs**2
+
+        def factor(self, vector):
+            return jnp.einsum("nij,nj->ni", vector, vector)
+
+        def factor_transpose(self, vector):
+            return self.factor(vector)
+
+        def sampled_gradient(self, key):
+            return 2**0.5 * jax.random.normal(key, self.outputs.shape)
+
+    with pytest.raises(ValueError, match="Broken.ggn_product` is wrong"):
+        kfax.check_loss(Broken(outputs=random(1, 6, 3), weighting=kfax.Weighting()), key=KEY)
+
+
+def test_learned_variances_with_the_quadratic_model():
+    model = kfax.tag(eqx.nn.MLP(2, 2, 4, 1, activation=jnp.tanh, key=KEY))
+    x = random(1, 12, 2)
+
+    def loss_fn(model, batch):
+        means, log_variances = jnp.split(jax.vmap(model)(batch), 2, axis=1)
+        return kfax.gaussian_nll(means, log_variances, batch[:, :1])
+
+    auto = kfax.QuadraticModel(kfax.ExactFisher())
+    settings = {
+        "learning_rate": auto,
+        "momentum": auto,
+        "damping": kfax.LevenbergMarquardt(initial=1.0),
+        "estimator": kfax.BlockDiagonalCurvature(kfax.CurvaturePropagation(source=kfax.ExactFisher())),
+    }
+    optimizer = kfax.Optimizer(loss_fn, **settings)
+    state, losses = optimizer.init(model, x), []
+    step = eqx.filter_jit(optimizer.step)
+    for i in range(5):
+        model, state, info = step(model, state, x, key=jax.random.key(i))
+        losses.append(float(info.loss))
+    assert losses[-1] < losses[0]
+    with pytest.raises(ValueError, match="by one `kfax.QuadraticModel`"):
+        kfax.Optimizer(loss_fn, **(settings | {"momentum": kfax.QuadraticModel()}))
+    with pytest.raises(ValueError, match="must be `kfax.ExactGGN"):
+        kfax.QuadraticModel(kfax.SampledFisher())

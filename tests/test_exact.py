@@ -347,6 +347,73 @@ def test_implicit_solve_in_single_precision():
     assert_close(solved.astype(float), expected, tolerance=1e-3)
 
 
+@grid(preconditioned=[False, True])
+def test_implicit_solve_does_not_depend_on_the_size_of_the_vector(preconditioned):
+    case = make_case("mlp", "softmax")
+    inner = kfax.BlockDiagonalCurvature(kfax.ExactGGN()) if preconditioned else None
+    estimator = kfax.ImplicitExactCurvature(preconditioner=inner)
+    p, v = parameters(case.model), like(case, 1)
+    state = estimator.refresh(updated(estimator, case), p, 0.1)
+    solve = eqx.filter_jit(estimator.solve)
+    expected = jnp.linalg.solve(truth(case, "ggn") + 0.1 * jnp.eye(flat(v).size), flat(v))
+    for c in (1.0, 1e-9, 1e-30, 1e6):
+        found = flat(solve(state, jax.tree.map(lambda x, c=c: c * x, v))) / c
+        assert_close(found, expected, tolerance=1e-4)  # what conjugate gradients are asked for
+    zero = jax.tree.map(jnp.zeros_like, v)
+    assert_close(solve(state, zero), zero)
+    # Nothing that is not finite looks like a solution.
+    spoiled = eqx.tree_at(lambda t: t.layers[0].layer.bias, v, v.layers[0].layer.bias.at[0].set(jnp.nan))
+    assert jnp.all(jnp.isnan(flat(solve(state, spoiled))))
+    assert jnp.all(jnp.isnan(flat(solve(estimator.refresh(state, p, jnp.asarray(jnp.nan)), v))))
+    batch = (case.x.at[0, 0].set(jnp.nan), case.y)
+    broken = estimator.update(estimator.init(case.model), case.loss_fn, case.model, batch)
+    assert jnp.all(jnp.isnan(flat(solve(estimator.refresh(broken, p, 0.1), v))))
+
+
+def test_implicit_solve_says_if_it_does_not_converge():
+    case = make_case("mlp", "softmax")
+    estimator = kfax.ImplicitExactCurvature(solver=lx.CG(rtol=1e-12, atol=1e-12, max_steps=2))
+    state = estimator.refresh(updated(estimator, case), parameters(case.model), 1e-4)
+    with pytest.raises(Exception, match="did not converge. Loosen its tolerances"):
+        jax.block_until_ready(estimator.solve(state, like(case, 1)))
+    hessian = kfax.ImplicitExactCurvature(kfax.Hessian())
+    with pytest.raises(ValueError, match="may be indefinite. Use"):
+        hessian.solve(updated(hessian, case), like(case, 1))
+    general = kfax.ImplicitExactCurvature(kfax.Hessian(), solver=lx.GMRES(rtol=1e-8, atol=1e-8))
+    state, v = general.refresh(updated(general, case), parameters(case.model), 2.0), like(case, 1)
+    expected = jnp.linalg.solve(truth(case, "hessian") + 2 * jnp.eye(flat(v).size), flat(v))
+    assert_close(flat(general.solve(state, v)), expected, tolerance=1e-6)  # what GMRES is asked for
+
+
+@grid(dtypes=["mixed", "bfloat16"])
+def test_half_precision_parameters(dtypes):
+    """Solvers work in float32 at least, whatever the parameters are."""
+    case = make_case("mlp", "softmax")
+
+    def low(path, leaf):
+        if not eqx.is_inexact_array(leaf):
+            return leaf
+        half = dtypes == "bfloat16" or "layers[0]" in jax.tree_util.keystr(path)
+        return leaf.astype(jnp.bfloat16 if half else jnp.float32)
+
+    model = jax.tree_util.tree_map_with_path(low, case.model)
+    batch = (case.x.astype(jnp.float32), case.y)
+    p = kfax.parameters_of(model)
+    blocks, exact = kfax.BlockDiagonalCurvature(kfax.ExactGGN()), kfax.ImplicitExactCurvature(solver=lx.CG(1e-2, 1e-2))
+    state = exact.refresh(exact.update(exact.init(model), case.loss_fn, model, batch), p, 0.5)
+    v = jax.tree.map(jnp.ones_like, p)
+    solved = exact.solve(state, v)
+    assert jax.tree.map(lambda x: x.dtype, solved) == jax.tree.map(lambda x: x.dtype, p)
+    expected = jnp.linalg.solve(truth(case, "ggn") + 0.5 * jnp.eye(flat(v).size), jnp.ones(flat(v).size))
+    assert_close(flat(solved).astype(float), expected, tolerance=0.05)  # bfloat16 has three digits
+    inner = blocks.update(blocks.init(model), case.loss_fn, model, batch)
+    operator = blocks.as_operator(inner, p, 0.5)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), v)
+    options = {"preconditioner": blocks.as_preconditioner(blocks.refresh(inner, p, 0.5), p)}
+    assert jnp.all(jnp.isfinite(flat(lx.linear_solve(operator, wide, lx.CG(1e-2, 1e-2), options=options).value)))
+    assert blocks.to_dense(inner, p).dtype == jnp.float32
+
+
 @grid(exponent=[-2, -1, 0, 1, 3])
 def test_implicit_integer_powers(exponent):
     case = make_case("mlp", "softmax")
@@ -465,6 +532,24 @@ def test_one_eigendecomposition_serves_many_dampings():
 # -- in the optimizer --
 
 
+def test_the_optimizer_refreshes_an_implicit_estimator_now_and_then():
+    case = make_case("mlp", "softmax")
+    blocks = kfax.BlockDiagonalCurvature(kfax.ExactGGN())
+    optimizer = kfax.Optimizer(
+        case.loss_fn,
+        learning_rate=0.5,
+        momentum=0.0,
+        damping=0.1,
+        estimator=kfax.ImplicitExactCurvature(preconditioner=blocks),
+        inverse_update_period=2,
+    )
+    model, state, losses = case.model, optimizer.init(case.model, case.batch), []
+    for i in range(4):
+        model, state, info = eqx.filter_jit(optimizer.step)(model, state, case.batch, key=jax.random.key(i))
+        losses.append(float(info.loss))
+    assert losses == sorted(losses, reverse=True)
+
+
 @grid(estimator=["cholesky", "eigh", "implicit", "preconditioned"])
 def test_a_newton_step_solves_a_linear_regression(estimator):
     solver = lx.CG(rtol=1e-13, atol=1e-13)
@@ -507,6 +592,48 @@ def test_exact_estimators_need_no_tags(source):
 
 
 # -- refusals --
+
+
+def test_vectors_that_do_not_fit():
+    model = kfax.tag(mlp(jax.random.key(0), (3, 3, 3)))
+    p = kfax.parameters_of(model)
+    first, second = (kfax.parameters_of(model, frozen=lambda m, i=i: m.layers[i]) for i in (0, 2))
+
+    def loss_fn(model, batch):
+        return kfax.squared_error(jax.vmap(model)(batch), batch)
+
+    x = jnp.ones((4, 3))
+    explicit, blocks = kfax.ExplicitExactCurvature(), kfax.BlockDiagonalCurvature(kfax.ExactGGN())
+    for estimator in (explicit, blocks):
+        state = estimator.init(model, frozen=lambda m: m.layers[0])
+        for call in (
+            lambda e=estimator, s=state: e.solve(s, second),
+            lambda e=estimator, s=state: e.multiply(s, p),
+            lambda e=estimator, s=state: e.refresh(s, second, 0.1),
+            lambda e=estimator, s=state: e.decompose(s, p),
+            lambda e=estimator, s=state: e.update(s, loss_fn, model, x, frozen=lambda m: m.layers[2]),
+        ):
+            with pytest.raises(ValueError, match="Vectors are like `kfax.parameters_of"):
+                call()
+        assert estimator.solve(state, first) is not None
+    for estimator in (explicit, blocks, kfax.ImplicitExactCurvature()):
+        for damping, message in (
+            ({".layers[0]": 0.1}, "have one for each of"),
+            ({".layers[0]": 0.1, ".layers[2]": 0.1, ".head": 0.1}, "have one for each of"),
+            (-1.0, "must not be negative"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                estimator.refresh(estimator.init(model), p, damping)
+
+
+def test_an_array_of_dampings_wants_a_map():
+    case = make_case("mlp", "softmax")
+    estimator = kfax.BlockDiagonalCurvature(kfax.ExactGGN())
+    p = parameters(case.model)
+    found = estimator.decompose(estimator.init(case.model), p)
+    for call in (found.logdet, lambda d: found.power(p, -1, d), lambda d: found.diagonal(p, -1, d)):
+        with pytest.raises(ValueError, match="single number, got an array of shape .*filter_vmap"):
+            call(jnp.ones(4))
 
 
 def test_what_cannot_be_had_says_so():

@@ -66,8 +66,9 @@ class ScaledIdentity(GradientBlock):
     $$C = c\, I, \qquad c = \tfrac1{NP} \sum_n \lVert D_n \rVert^2, \qquad
     D_n = \textstyle\sum_r g_{nr} \bar a_{nr}^\top$$
 
-    with a c for each of the P parameters of one matrix of a stack. What is preconditioned by it goes down the gradient.
-    For any operation. Memory: a number for each parameter, and one for each parameter and example during an update.
+    where each matrix of a stack has a c of its own, and P parameters. What is preconditioned by it goes down the
+    gradient. For any operation. Memory: a number for each parameter, and one for each parameter and example during an
+    update.
     """
 
     inversion: ClassVar[Inversion] = Eigh()

@@ -27,7 +27,7 @@ class KroneckerSum(Block):
     side of V has the vocabulary) are diagonal. Correlations between the two kinds of uses are left out.
 
     Damping is factored for the second term, as in [`kfax.KroneckerFactored`][]; the inverse of the sum is then
-    exact, by diagonalizing both terms at once.
+    exact, by diagonalizing both terms at once. Powers, eigenvalues and determinants take the dense matrix.
 
     Memory: four factors, and two matrices of their size for the inverse. A refresh takes about `12 (d_a³ + d_g³)`
     flops where no factor is diagonal, a solve four products.
@@ -114,6 +114,12 @@ class KroneckerSum(Block):
         return SumInverse((k_left, k_right), (s_left, s_right))
 
     def factors(self, shape: MatrixShape, statistics: Any) -> tuple[Float[Array, "..."], ...]:
+        size = shape.d_g * shape.d_a
+        if size > _MAX_DENSE:
+            raise ValueError(
+                f"A sum of two Kronecker products is diagonalized as a matrix, which would have {size:,} rows here. "
+                "Use `solve`, which needs no such matrix, or another block for this layer."
+            )
         return (self.to_dense(shape, statistics),)
 
     def spectrum(self, shape: MatrixShape, statistics: Any, pairs: tuple[tuple[Array, Array], ...]) -> Spectrum:
@@ -142,7 +148,7 @@ class KroneckerSum(Block):
 
     def update_flops(self, shape: MatrixShape) -> int:
         sizes, _ = self._sizes(shape)
-        return 4 * shape.num_matrices * (len(sizes.a) * sizes.a[0] + sizes.g[0] ** len(sizes.g))
+        return 4 * shape.num_matrices * (sizes.a[0] ** len(sizes.a) + sizes.g[0] ** len(sizes.g))
 
     def _products(self, shape: MatrixShape, statistics: Any) -> tuple[Product, Product]:
         direct, reverse = statistics
@@ -157,6 +163,10 @@ class KroneckerSum(Block):
         direct = factor_sizes(shape, self.max_dim)
         reverse = MatrixShape(shape.stack, shape.num_inputs, shape.d_g, False, shape.dtype, shape.groups)
         return direct, FactorSizes(reverse, direct.g_is_diagonal, direct.a_is_diagonal)
+
+
+# As for `ExplicitExactCurvature`.
+_MAX_DENSE = 10_000
 
 
 class SumInverse(Inverse):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from .. import _linalg as linalg
+from .._scalars import scalar
 from .._types import Scalar
 
 
@@ -125,11 +126,13 @@ class Spectrum(eqx.Module):
 
     def logdet(self, damping: ArrayLike = 0.0) -> Scalar:
         """`log det (C + λI)`."""
-        return jnp.sum(jnp.log(self.values + jnp.asarray(damping, self.values.dtype)))
+        return jnp.sum(jnp.log(self._damped(damping)))
 
     def _powers(self, exponent: ArrayLike, damping: ArrayLike) -> Float[Array, "*leading m n"]:
-        damped = self.values + jnp.asarray(damping, self.values.dtype)
-        return damped ** jnp.asarray(exponent, self.values.dtype)
+        return self._damped(damping) ** scalar("exponent", exponent).astype(self.values.dtype)
+
+    def _damped(self, damping: ArrayLike) -> Float[Array, "*leading m n"]:
+        return self.values + scalar("damping", damping).astype(self.values.dtype)
 
 
 class Inverse(eqx.Module):

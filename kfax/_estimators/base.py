@@ -1,7 +1,7 @@
 """What every estimator of a model's curvature can be asked."""
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Float
 from .._capture import Linearization, Problem
 from .._layers import from_matrices, to_matrices
 from .._losses import Loss
-from .._scalars import scalar
+from .._scalars import nonnegative
 from .._sources import CurvatureSource
 from .._types import Model, Parameters, PRNGKey, Scalar, Where
 from .eigendecomposition import Eigendecomposition
@@ -128,9 +128,9 @@ class CurvatureEstimator(eqx.Module):
         - `parameters`: any PyTree like the parameters.
         - `damping`: λ. [loss/param²]
 
-        **Returns:** an operator on PyTrees like the parameters, tagged as symmetric and, if it is, as positive
-        semi-definite. In float32 `lineax.CG` without a preconditioner takes eigenvalues below about `1e-5 P` for
-        zero, and returns NaN.
+        **Returns:** an operator on PyTrees like the parameters (in at least float32), tagged as symmetric and, if it
+        is, as positive semi-definite. In float32 `lineax.CG` without a preconditioner takes eigenvalues below about
+        `1e-5 P` for zero, and returns NaN.
         """
 
     @abc.abstractmethod
@@ -153,30 +153,54 @@ def check_source(source: CurvatureSource) -> CurvatureSource:
 
 
 def damping_by_parameter(parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]) -> Parameters:
-    """λ of every parameter."""
+    """λ of every parameter, in at least float32."""
+    parameters = wide(parameters)
     if isinstance(damping, Mapping):
         matrices = to_matrices(parameters)
-        return from_matrices(
-            parameters, {k: jnp.full_like(m, scalar("damping", damping[k])) for k, m in matrices.items()}
-        )
-    by = scalar("damping", damping)
+        dampings = damping_by_key(tuple(matrices), damping)
+        return from_matrices(parameters, {k: jnp.full_like(m, dampings[k]) for k, m in matrices.items()})
+    by = nonnegative("damping", damping)
     return jax.tree.map(lambda leaf: jnp.full_like(leaf, by), parameters)
 
 
+def damping_by_key(keys: Collection[str], damping: ArrayLike | Mapping[str, ArrayLike]) -> dict[str, Scalar]:
+    """λ of every block."""
+    if not isinstance(damping, Mapping):
+        return dict.fromkeys(keys, nonnegative("damping", damping))
+    if set(damping) != set(keys):
+        raise ValueError(f"`damping` must be a number, or have one for each of {list(keys)}, got {list(damping)}.")
+    return {key: nonnegative("damping", damping[key]) for key in keys}
+
+
+def wide(vector: Parameters) -> Parameters:
+    """In at least float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), vector)
+
+
+def narrow(vector: Parameters, like: Parameters) -> Parameters:
+    """In the dtypes of another vector."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), vector, like)
+
+
 def operator_of(
-    function: Callable[[Parameters], Parameters], damping: Parameters, tag: object
+    function: Callable[[Parameters], Parameters], parameters: Parameters, damping: Parameters, tag: object
 ) -> lx.FunctionLinearOperator:
     """`function + λI` as an operator, with λ of every parameter."""
 
     def damped(vector):
-        return jax.tree.map(lambda product, by, v: product + by * v, function(vector), damping, vector)
+        products = function(narrow(vector, parameters))
+        return jax.tree.map(lambda product, by, v: product.astype(v.dtype) + by * v, products, damping, vector)
 
     return lx.FunctionLinearOperator(damped, jax.eval_shape(lambda: damping), tag)
 
 
 def inverse_of(function: Callable[[Parameters], Parameters], parameters: Parameters) -> lx.FunctionLinearOperator:
     """`function`, the inverse of something positive definite, as an operator."""
-    return lx.FunctionLinearOperator(function, jax.eval_shape(lambda: parameters), lx.positive_semidefinite_tag)
+    structure = jax.eval_shape(lambda: wide(parameters))
+    return lx.FunctionLinearOperator(lambda v: wide(function(narrow(v, parameters))), structure, _PSD)
+
+
+_PSD = lx.positive_semidefinite_tag
 
 
 def total_weight(losses: tuple[Loss, ...]) -> Scalar:

@@ -16,11 +16,20 @@ from .._capture import Linearization, linearize, Problem, Reading
 from .._ema import MovingAverage
 from .._layers import from_matrices, Part, parts, to_matrices
 from .._registry import split_parameters
-from .._scalars import scalar, within_unit
+from .._scalars import within_unit
 from .._sources import CurvaturePropagation, CurvatureSource
 from .._types import Model, Parameters, PRNGKey, Scalar, Where
-from .base import check_source, CurvatureEstimator, damping_by_parameter, inverse_of, operator_of, total_weight
+from .base import (
+    check_source,
+    CurvatureEstimator,
+    damping_by_key,
+    damping_by_parameter,
+    inverse_of,
+    operator_of,
+    total_weight,
+)
 from .eigendecomposition import BlockEigendecomposition
+from .products import VECTORS
 
 
 class BlockDiagonalState(eqx.Module):
@@ -82,7 +91,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         return linearize(problem, _read_statistics, example_axis=self.example_axis)
 
     def fold(self, state: BlockDiagonalState, linearization: Linearization, key: PRNGKey | None) -> BlockDiagonalState:
-        new = self._statistics(linearization, parts(linearization.problem.parameters), key)
+        new = self._statistics(linearization, _parts(state, linearization.problem.parameters), key)
         average = state.average.update(new, self.decay, total_weight(linearization.losses))
         return BlockDiagonalState(average, state.inverses)
 
@@ -97,7 +106,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
 
         **Returns:** the state with new inverses. Matrices of one size, of whatever layers, are inverted in one call.
         """
-        found, dampings = _by_key(parameters, damping)
+        found, dampings = _by_key(state, parameters, damping)
         values, refreshed = state.average.value, {}
         previous: PyTree = values  # a loss may have called LAPACK for them
         for function, diagonalizes in ((linalg.psd_inverse, False), (linalg.eigh, True)):
@@ -124,12 +133,12 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         **Returns:** the state with another damping for blocks inverted by [`kfax.Eigh`][], and for diagonal ones. All
         others keep that of the last refresh.
         """
-        _, dampings = _by_key(parameters, damping)
+        _, dampings = _by_key(state, parameters, damping)
         inverses = {key: inverse.redamp(dampings[key]) for key, inverse in state.inverses.items()}
         return BlockDiagonalState(state.average, inverses)
 
     def decompose(self, state: BlockDiagonalState, parameters: Parameters) -> BlockEigendecomposition:
-        found, values = parts(parameters), state.average.value
+        found, values = _parts(state, parameters), state.average.value
         factors = {key: part.block.factors(part.operation.shape(), values[key]) for key, part in found.items()}
         pairs = _factorize(linalg.eigh, factors, values)
         return BlockEigendecomposition(
@@ -145,27 +154,27 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         return self.decompose(state, parameters).eigenvalues()
 
     def solve(self, state: BlockDiagonalState, vector: Parameters) -> Parameters:
-        return _by_part(lambda key, part, v: state.inverses[key].solve(v), vector)
+        return _by_part(lambda key, part, v: state.inverses[key].solve(v), state, vector)
 
     def multiply(self, state: BlockDiagonalState, vector: Parameters) -> Parameters:
         def one(key, part, v):
             return part.block.multiply(part.operation.shape(), state.average.value[key], v)
 
-        return _by_part(one, vector)
+        return _by_part(one, state, vector)
 
     def diagonal(self, state: BlockDiagonalState, parameters: Parameters) -> Parameters:
         def one(key, part, v):
             diagonal = part.block.diagonal(part.operation.shape(), state.average.value[key])
             return diagonal.reshape(v.shape).astype(v.dtype)
 
-        return _by_part(one, parameters)
+        return _by_part(one, state, parameters)
 
     def to_dense(self, state: BlockDiagonalState, parameters: Parameters) -> Float[Array, "p p"]:
         positions = to_matrices(_positions(parameters))
         leaves = jax.tree.leaves(parameters)
         size = sum(leaf.size for leaf in leaves)
-        dense = jnp.zeros((size, size), jnp.result_type(*leaves))
-        for key, part in parts(parameters).items():
+        dense = jnp.zeros((size, size), jnp.result_type(jnp.float32, *leaves))
+        for key, part in _parts(state, parameters).items():
             blocks = part.block.to_dense(part.operation.shape(), state.average.value[key])
             blocks = blocks.reshape(-1, *blocks.shape[-2:])
             rows = positions[key].reshape(len(blocks), -1)
@@ -176,8 +185,9 @@ class BlockDiagonalCurvature(CurvatureEstimator):
     def as_operator(
         self, state: BlockDiagonalState, parameters: Parameters, damping: ArrayLike = 0.0
     ) -> lx.AbstractLinearOperator:
-        damping = damping_by_parameter(parameters, damping)
-        return operator_of(lambda v: self.multiply(state, v), damping, lx.positive_semidefinite_tag)
+        by_parameter = damping_by_parameter(parameters, damping)
+        function = lambda v: self.multiply(state, v)  # noqa: E731
+        return operator_of(function, parameters, by_parameter, lx.positive_semidefinite_tag)
 
     def as_preconditioner(self, state: BlockDiagonalState, parameters: Parameters) -> lx.AbstractLinearOperator:
         return inverse_of(lambda v: self.solve(state, v), parameters)
@@ -223,13 +233,20 @@ def _read_statistics(part: Part, num_examples: int) -> Reading:
     return Reading(block.slot(shape, num_examples), statistic, block.is_sum)
 
 
+def _parts(state: BlockDiagonalState, vector: Parameters) -> dict[str, Part]:
+    """The parts of a vector, which must be those of the state."""
+    found = parts(vector)
+    if set(found) != set(state.inverses):
+        raise ValueError(f"A vector has the blocks {list(found)}, the state {list(state.inverses)}. {VECTORS}")
+    return found
+
+
 def _by_key(
-    parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
+    state: BlockDiagonalState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
 ) -> tuple[dict[str, Part], dict[str, Scalar]]:
     """The parts of the parameters, and a damping for each."""
-    found = parts(parameters)
-    dampings = damping if isinstance(damping, Mapping) else dict.fromkeys(found, damping)
-    return found, {key: scalar("damping", dampings[key]) for key in found}
+    found = _parts(state, parameters)
+    return found, damping_by_key(tuple(found), damping)
 
 
 def _factorize(function: Callable, matrices: Mapping[str, tuple], previous: PyTree) -> dict[str, tuple]:
@@ -243,8 +260,8 @@ def _after(statistics: PyTree, previous: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: linalg.after(leaf, previous), statistics)
 
 
-def _by_part(function: Callable, vector: Parameters) -> Parameters:
-    found, matrices = parts(vector), to_matrices(vector)
+def _by_part(function: Callable, state: BlockDiagonalState, vector: Parameters) -> Parameters:
+    found, matrices = _parts(state, vector), to_matrices(vector)
     return from_matrices(vector, {key: function(key, part, matrices[key]) for key, part in found.items()})
 
 

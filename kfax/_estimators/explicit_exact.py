@@ -1,6 +1,6 @@
 """The exact curvature matrix, formed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import equinox as eqx
 import jax
@@ -19,7 +19,7 @@ from .._sources import CurvatureSource, ExactGGN
 from .._types import Model, Parameters, PRNGKey, Scalar, Where
 from .base import CurvatureEstimator, damping_by_parameter, inverse_of, operator_of, total_weight
 from .eigendecomposition import DenseEigendecomposition
-from .products import check_matrix, dense, Hessian, linear_map, VECTORS
+from .products import check_layout, check_matrix, dense, Hessian, Layout, layout_of, linear_map
 
 
 class ExplicitExactState(eqx.Module):
@@ -29,10 +29,12 @@ class ExplicitExactState(eqx.Module):
 
     - `average`: of the matrix, `(p, p)`. Changes with every update.
     - `inverse`: what `solve` applies. Changes with every refresh.
+    - `layout`: the structure of the parameters, and their shapes.
     """
 
     average: MovingAverage
     inverse: Inverse
+    layout: Layout = eqx.field(static=True)
 
 
 class ExplicitExactCurvature(CurvatureEstimator):
@@ -82,7 +84,8 @@ class ExplicitExactCurvature(CurvatureEstimator):
         return None
 
     def init(self, model: Model, *, frozen: Where | None = None) -> ExplicitExactState:
-        flat = jax.eval_shape(lambda: ravel_pytree(parameters_of(model, frozen=frozen))[0])
+        parameters = parameters_of(model, frozen=frozen)
+        flat = jax.eval_shape(lambda: ravel_pytree(parameters)[0])
         if flat.size > self.max_dim:
             gigabytes = flat.size**2 * flat.dtype.itemsize / 1e9
             raise ValueError(
@@ -95,17 +98,18 @@ class ExplicitExactCurvature(CurvatureEstimator):
         eye = jnp.eye(flat.size, dtype=matrix.dtype)
         result = (jnp.zeros_like(matrix[0]), eye) if self.inversion.diagonalizes else eye
         inverse = self.inversion.finish(self._product(matrix), jnp.ones(()), (result,))
-        return ExplicitExactState(MovingAverage.zeros(matrix), inverse)
+        return ExplicitExactState(MovingAverage.zeros(matrix), inverse, layout_of(parameters))
 
     def linearize(self, problem: Problem) -> Linearization:
         return linearize(problem)
 
     def fold(self, state: ExplicitExactState, linearization: Linearization, key: PRNGKey | None) -> ExplicitExactState:
         problem = linearization.problem
+        check_layout(problem.parameters, state.layout)
         matrix = dense(linear_map(self.source, problem, key), problem.parameters)
         matrix = matrix.astype(state.average.value.dtype)
         average = state.average.update(matrix, self.decay, total_weight(linearization.losses))
-        return ExplicitExactState(average, state.inverse)
+        return ExplicitExactState(average, state.inverse, state.layout)
 
     def refresh(
         self, state: ExplicitExactState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
@@ -118,13 +122,14 @@ class ExplicitExactCurvature(CurvatureEstimator):
 
         **Returns:** the state with a new inverse.
         """
+        check_layout(parameters, state.layout)
         by_parameter = ravel_pytree(damping_by_parameter(parameters, damping))[0].astype(state.average.value.dtype)
         # What all parameters have in common may change by `redamp`.
         common = jnp.min(by_parameter)
         product = self._product(state.average.value + jnp.diag(by_parameter - common))
         function = linalg.eigh if self.inversion.diagonalizes else linalg.psd_inverse
         results = linalg.by_size(function, self.inversion.matrices(product, common))
-        return ExplicitExactState(state.average, self.inversion.finish(product, common, tuple(results)))
+        return ExplicitExactState(state.average, self.inversion.finish(product, common, tuple(results)), state.layout)
 
     def redamp(
         self, state: ExplicitExactState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
@@ -139,9 +144,10 @@ class ExplicitExactCurvature(CurvatureEstimator):
         **Returns:** the state with another damping if the inversion is [`kfax.Eigh`][], or else the same one.
         """
         common = jnp.min(ravel_pytree(damping_by_parameter(parameters, damping))[0])
-        return ExplicitExactState(state.average, state.inverse.redamp(common))
+        return ExplicitExactState(state.average, state.inverse.redamp(common), state.layout)
 
     def decompose(self, state: ExplicitExactState, parameters: Parameters) -> DenseEigendecomposition:
+        check_layout(parameters, state.layout)
         product = self._product(state.average.value)
         return DenseEigendecomposition({"": product.spectrum((linalg.eigh(product.right),))})
 
@@ -154,15 +160,18 @@ class ExplicitExactCurvature(CurvatureEstimator):
         return self.decompose(state, parameters).eigenvalues()
 
     def solve(self, state: ExplicitExactState, vector: Parameters) -> Parameters:
-        flat, unravel = self._ravel(state, vector)
+        check_layout(vector, state.layout)
+        flat, unravel = ravel_pytree(vector)
         return unravel(state.inverse.solve(flat))
 
     def multiply(self, state: ExplicitExactState, vector: Parameters) -> Parameters:
-        flat, unravel = self._ravel(state, vector)
+        check_layout(vector, state.layout)
+        flat, unravel = ravel_pytree(vector)
         return unravel(self._product(state.average.value).multiply(flat))
 
     def diagonal(self, state: ExplicitExactState, parameters: Parameters) -> Parameters:
-        flat, unravel = self._ravel(state, parameters)
+        check_layout(parameters, state.layout)
+        flat, unravel = ravel_pytree(parameters)
         return unravel(jnp.diagonal(state.average.value).astype(flat.dtype))
 
     def to_dense(self, state: ExplicitExactState, parameters: Parameters) -> Float[Array, "p p"]:
@@ -172,20 +181,11 @@ class ExplicitExactCurvature(CurvatureEstimator):
         self, state: ExplicitExactState, parameters: Parameters, damping: ArrayLike = 0.0
     ) -> lx.AbstractLinearOperator:
         tag = lx.symmetric_tag if isinstance(self.source, Hessian) else lx.positive_semidefinite_tag
-        damping = damping_by_parameter(parameters, damping)
-        return operator_of(lambda v: self.multiply(state, v), damping, tag)
+        by_parameter = damping_by_parameter(parameters, damping)
+        return operator_of(lambda v: self.multiply(state, v), parameters, by_parameter, tag)
 
     def as_preconditioner(self, state: ExplicitExactState, parameters: Parameters) -> lx.AbstractLinearOperator:
         return inverse_of(lambda v: self.solve(state, v), parameters)
-
-    def _ravel(self, state: ExplicitExactState, vector: Parameters) -> tuple[Float[Array, " p"], Callable]:
-        flat, unravel = ravel_pytree(vector)
-        if len(state.average.value) != flat.size:
-            raise ValueError(
-                f"A vector of {flat.size} numbers does not fit a matrix of {len(state.average.value)} parameters. "
-                f"{VECTORS}"
-            )
-        return flat, unravel
 
     def _product(self, matrix: Float[Array, "p p"]) -> Product:
         return Product(None, matrix, 0, is_psd=not isinstance(self.source, Hessian))

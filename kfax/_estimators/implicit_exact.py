@@ -14,9 +14,9 @@ from jaxtyping import Array, ArrayLike, Float
 from .._capture import Cotangents, Linearization, linearize, linearize_outputs, Outputs, Problem
 from .._registry import parameters_of
 from .._sources import CurvatureSource, ExactGGN
-from .._tree import combine, dot, zeros_like
+from .._tree import combine, dot, norm, zeros_like
 from .._types import Model, Parameters, PRNGKey, Where
-from .base import CurvatureEstimator, damping_by_parameter, inverse_of, operator_of
+from .base import CurvatureEstimator, damping_by_parameter, inverse_of, narrow, operator_of, wide
 from .eigendecomposition import Eigendecomposition
 from .products import check_matrix, dense, Hessian, linear_map
 
@@ -65,7 +65,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
         source: CurvatureSource | Hessian = ExactGGN(),
         *,
         preconditioner: CurvatureEstimator | None = None,
-        solver: lx.AbstractLinearSolver = lx.CG(rtol=1e-5, atol=1e-8),
+        solver: lx.AbstractLinearSolver = lx.CG(rtol=1e-5, atol=1e-5),
     ):
         """**Arguments:**
 
@@ -73,12 +73,19 @@ class ImplicitExactCurvature(CurvatureEstimator):
             [`kfax.Hessian`][], or one that is sampled, whose samples are then those of the key of the last update.
         - `preconditioner`: an estimator, such as [`kfax.BlockDiagonalCurvature`][]`()`, whose inverse speeds up
             `solve`. It takes in the same batches.
-        - `solver`: what `solve` uses, with its tolerances. That of `lineax.CG` bounds each entry of the residual and of
-            the last change of the solution, relative to the right-hand side and to the solution.
+        - `solver`: what `solve` uses, with its tolerances, which are for a right-hand side of norm 1. Those of
+            `lineax.CG` bound each entry of the residual, and of the last change of the solution.
 
         **Raises:** `ValueError` for something else than that.
         """
         self.source = check_matrix(source)
+        if not (preconditioner is None or isinstance(preconditioner, CurvatureEstimator)):
+            raise ValueError(
+                "`preconditioner` must be an estimator, such as `kfax.BlockDiagonalCurvature()`, got "
+                f"{preconditioner!r}."
+            )
+        if not isinstance(solver, lx.AbstractLinearSolver):
+            raise ValueError(f"`solver` must be a solver of lineax, such as `lineax.CG(1e-5, 1e-5)`, got {solver!r}.")
         self.preconditioner = preconditioner
         self.solver = solver
 
@@ -91,7 +98,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
 
     def init(self, model: Model, *, frozen: Where | None = None) -> ImplicitExactState:
         inner = None if self.preconditioner is None else self.preconditioner.init(model, frozen=frozen)
-        return ImplicitExactState(None, None, zeros_like(parameters_of(model, frozen=frozen)), inner)
+        return ImplicitExactState(None, None, zeros_like(wide(parameters_of(model, frozen=frozen))), inner)
 
     def linearize(self, problem: Problem) -> Linearization:
         return linearize(problem) if self.preconditioner is None else self.preconditioner.linearize(problem)
@@ -235,14 +242,27 @@ class ImplicitExactCurvature(CurvatureEstimator):
 
         **Returns:** a PyTree like the parameters.
 
-        **Raises:** what lineax raises, when run, if the solver does not converge. For a solve that may stop short take
+        NaN if vector, matrix or preconditioner are not finite.
+
+        **Raises:** an error, when run, if the solver does not converge. For a solve that may stop short take
         `as_operator` and call `lineax.linear_solve` with `throw=False`.
         """
-        operator = self._operator(state, state.damping)
-        preconditioner = (
-            _undamp(state.damping) if self.preconditioner is None else self.as_preconditioner(state, vector)
-        )
-        return lx.linear_solve(operator, vector, self.solver, options={"preconditioner": preconditioner}).value
+        if isinstance(self.source, Hessian) and isinstance(self.solver, lx.CG):
+            raise ValueError(
+                "`lineax.CG` needs a positive definite matrix, and the Hessian may be indefinite. Use "
+                "`kfax.ImplicitExactCurvature(kfax.Hessian(), solver=lineax.GMRES(rtol=1e-4, atol=1e-4))`, or "
+                "`kfax.ExplicitExactCurvature(kfax.Hessian(), inversion=kfax.Eigh())`."
+            )
+        operator, preconditioner = self._operator(state, vector, state.damping), self.as_preconditioner(state, vector)
+        # Tolerances are absolute in part: the right-hand side is brought to size one.
+        size = norm(wide(vector))
+        unit = combine((1 / jnp.where(size > 0, size, 1),), (wide(vector),))
+        solution = lx.linear_solve(operator, unit, self.solver, options={"preconditioner": preconditioner}, throw=False)
+        # A solver stops at NaNs as if it were done.
+        finite = jnp.isfinite(norm(operator.mv(solution.value)) + norm(preconditioner.mv(unit)))
+        value = jax.tree.map(lambda x: jnp.where(finite, size * x, jnp.nan), solution.value)
+        failed = finite & (solution.result != lx.RESULTS.successful)
+        return eqx.error_if(narrow(value, vector), failed, _NOT_CONVERGED)
 
     def power(
         self, state: ImplicitExactState, vector: Parameters, exponent: ArrayLike, damping: ArrayLike = 0.0
@@ -268,17 +288,19 @@ class ImplicitExactCurvature(CurvatureEstimator):
             state = ImplicitExactState(state.problem, state.key, by_parameter, state.preconditioner)
         operator = self.as_operator(state, vector, damping)
         for _ in range(abs(int(number))):
-            vector = operator.mv(vector) if number > 0 else self.solve(state, vector)
+            vector = narrow(operator.mv(wide(vector)), vector) if number > 0 else self.solve(state, vector)
         return vector
 
     def as_operator(
         self, state: ImplicitExactState, parameters: Parameters, damping: ArrayLike = 0.0
     ) -> lx.AbstractLinearOperator:
-        return self._operator(state, damping_by_parameter(parameters, damping))
+        return self._operator(state, parameters, damping_by_parameter(parameters, damping))
 
-    def _operator(self, state: ImplicitExactState, damping: Parameters) -> lx.AbstractLinearOperator:
+    def _operator(
+        self, state: ImplicitExactState, parameters: Parameters, damping: Parameters
+    ) -> lx.AbstractLinearOperator:
         tag = lx.symmetric_tag if isinstance(self.source, Hessian) else lx.positive_semidefinite_tag
-        return operator_of(linear_map(self.source, _problem(state), state.key), damping, tag)
+        return operator_of(linear_map(self.source, _problem(state), state.key), parameters, damping, tag)
 
     def as_preconditioner(self, state: ImplicitExactState, parameters: Parameters) -> lx.AbstractLinearOperator:
         """The inverse of the `preconditioner`; without one, division by λ, as of the last refresh.
@@ -317,6 +339,12 @@ def _undamp(damping: Parameters) -> lx.AbstractLinearOperator:
         return jax.tree.map(lambda v, by: v / jnp.where(by > 0, by, 1), vector, damping)
 
     return inverse_of(divide, damping)
+
+
+_NOT_CONVERGED = (
+    "The solver of `kfax.ImplicitExactCurvature` did not converge. Loosen its tolerances (`solver=lineax.CG(rtol=1e-3, "
+    "atol=1e-3)`), raise the damping, use float64, or use `kfax.ExplicitExactCurvature`."
+)
 
 
 def _problem(state: ImplicitExactState) -> Problem:

@@ -1,6 +1,7 @@
 """Exact curvature of one batch, as linear maps of vectors like the parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
@@ -33,17 +34,23 @@ def linear_map(
     source: CurvatureSource | Hessian, problem: Problem, key: PRNGKey | None
 ) -> Callable[[Parameters], Parameters]:
     """`v -> C v`, with what does not depend on v computed at once."""
+    layout = layout_of(problem.parameters)
+
+    def checked(vector):
+        check_layout(vector, layout)
+        return vector
+
     if isinstance(source, Hessian):
 
         def value(parameters):
             return problem.evaluate(parameters).value()
 
         product = jax.linearize(jax.grad(value), problem.parameters)[1]
-        return lambda vector: product(_check(vector, problem))
+        return lambda vector: product(checked(vector))
     outputs = linearize_outputs(problem)
 
     def multiply(vector):
-        product = source.multiply(outputs.losses, outputs.push(_check(vector, problem)), key)
+        product = source.multiply(outputs.losses, outputs.push(checked(vector)), key)
         return combine((1 / outputs.losses[0].num_examples,), (outputs.pull(product),))
 
     return multiply
@@ -55,10 +62,18 @@ VECTORS = (
 )
 
 
-def _check(vector: Parameters, problem: Problem) -> Parameters:
-    if jax.tree.structure(vector) != jax.tree.structure(problem.parameters):
-        raise ValueError(f"A vector has not the structure of the parameters. {VECTORS}")
-    return vector
+Layout: TypeAlias = tuple[Hashable, tuple[tuple[int, ...], ...]]
+
+
+def layout_of(vector: Parameters) -> Layout:
+    """The structure of a PyTree and the shapes of its leaves."""
+    leaves, structure = jax.tree.flatten(vector)
+    return structure, tuple(jnp.shape(leaf) for leaf in leaves)
+
+
+def check_layout(vector: Parameters, layout: Layout) -> None:
+    if layout_of(vector) != layout:
+        raise ValueError(f"A vector has not the structure and shapes of the parameters. {VECTORS}")
 
 
 def dense(multiply: Callable[[Parameters], Parameters], like: Parameters) -> Float[Array, "p p"]:

@@ -53,7 +53,7 @@ def sigmoid_cross_entropy(
 
     - `logits`: `(n, *positions, d)` or `(n,)`, with the examples on axis 0; all other axes are summed over.
     - `targets`: of the same shape, each in [0, 1].
-    - `weights`: `(n,)`, how much each example counts in the mean; only their ratios matter.
+    - `weights`: `(n,)`, how much each example counts in the mean; only their ratios matter within a batch.
     - `mask`: boolean, `(n, *positions)` or `(n,)`: True for what counts. A masked position adds nothing, an example
         that is masked throughout is not counted. What stands in masked logits and targets has no effect.
     - `mean_over_positions`: average over positions (all axes but the first and the last) instead of summing.

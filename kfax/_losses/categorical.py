@@ -64,7 +64,7 @@ def softmax_cross_entropy(
     - `labels`: integers of shape `(n, *positions)`, each in `[0, classes)` (the loss is NaN otherwise), or
         probabilities (such as one-hot vectors) of the logits' shape. Probabilities should sum to 1: the curvature
         assumes it.
-    - `weights`: `(n,)`, how much each example counts in the mean; only their ratios matter.
+    - `weights`: `(n,)`, how much each example counts in the mean; only their ratios matter within a batch.
     - `mask`: boolean, `(n, *positions)` or `(n,)`: True for what counts. A masked position adds nothing, an example
         that is masked throughout is not counted. What stands in masked logits and labels has no effect.
     - `mean_over_positions`: average over positions instead of summing, each counting the same.

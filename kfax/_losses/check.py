@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._types import PRNGKey
-from .base import Loss
+from .base import Loss, NaturalLoss
 
 
 NUM_VECTORS = 8
@@ -141,7 +141,9 @@ class _Check:
     def available(self, name: str, call: Callable[[], Array]) -> Array | None:
         try:
             return call()
-        except ValueError:
+        except ValueError as error:
+            if isinstance(self.loss, NaturalLoss):  # it has an answer to everything
+                raise ValueError(f"`{type(self.loss).__name__}.{name}` is wrong: {error}") from error
             self.missing.append(name)
             return None
 

@@ -32,10 +32,11 @@ class _Closure(eqx.Module):
 class FunctionLoss(Loss):
     r"""$\ell = $ any function of the outputs at one place: of one example, at one position.
 
-    Made by [`kfax.function_loss`][]. Its Hessian H is taken by automatic differentiation: `ggn_product` multiplies by
-    it, forward over reverse, at any size; `ggn_factor` diagonalizes it, $H = U \Lambda U^\top$, and takes
-    $S = U \sqrt{\max(\Lambda, 0)}$, which leaves out negative curvature. The Fisher information is not known in closed
-    form.
+    Made by [`kfax.function_loss`][]. Its Hessian is taken by automatic differentiation and diagonalized,
+    $U \Lambda U^\top$. Negative curvature, if there is any, is left out: $H = S S^\top$ with
+    $S = U \sqrt{\max(\Lambda, 0)}$. Of more than `max_dim` outputs there is no S, but `ggn_product` multiplies by the
+    Hessian as it is, forward over reverse: such a loss has to be convex. The Fisher information is not known in
+    closed form.
 
     **Fields:**
 
@@ -71,6 +72,9 @@ class FunctionLoss(Loss):
         return product.reshape(vector.shape).astype(vector.dtype)
 
     def ggn_product(self, vector: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        if self._event_size <= self.max_dim:
+            return self.ggn_factor(self.ggn_factor_transpose(vector))
+
         def product(f, u, *data):
             return jax.jvp(lambda f: jax.grad(self.function)(f, *data), (f,), (u,))[1]
 
@@ -99,6 +103,10 @@ class FunctionLoss(Loss):
     def _places(self) -> tuple[int, ...]:
         return self.outputs.shape[: self.outputs.ndim - self.event_ndim]
 
+    @property
+    def _event_size(self) -> int:
+        return math.prod(self.outputs.shape[len(self._places) :])
+
     def _map(self, function: Callable, *args: PyTree[Array]) -> Any:
         """Applies a function of one place to all places, with zeros as the results of those that are masked."""
         for _ in self._places:
@@ -110,8 +118,7 @@ class FunctionLoss(Loss):
 
     def _eigen(self) -> tuple[Float[Array, "... e"], Float[Array, "... e e"]]:
         """The roots of the eigenvalues of H, or zero, and the eigenvectors, for each place."""
-        event = self.outputs.shape[len(self._places) :]
-        size = math.prod(event)
+        event, size = self.outputs.shape[len(self._places) :], self._event_size
         if size > self.max_dim:
             raise ValueError(
                 f"To factor its Hessian, this `function_loss` would have to diagonalize a matrix of size {size} for "
@@ -170,7 +177,7 @@ def function_loss(
         log-likelihood; a tuple if there are several. Only needed for [`kfax.SampledFisher`][].
     - `max_dim`: the largest size of f for which the Hessian is made and diagonalized. That takes time with its third
         power, for every example and position.
-    - `weights`: `(n,)`, how much each example counts in the mean; only their ratios matter.
+    - `weights`: `(n,)`, how much each example counts in the mean; only their ratios matter within a batch.
     - `mask`: boolean, `(n, *positions)` or `(n,)`: True for what counts. A masked position adds nothing, an example
         that is masked throughout is not counted. What stands in masked outputs and data has no effect: the function
         is called with those of another position.

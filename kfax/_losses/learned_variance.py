@@ -87,7 +87,7 @@ def gaussian_nll(
     - `means`: `(n, *positions, d)` or `(n,)`, with the examples on axis 0; all other axes are summed over.
     - `log_variances`: of the same shape.
     - `targets`: of the same shape.
-    - `weights`: `(n,)`, how much each example counts in the mean; only their ratios matter.
+    - `weights`: `(n,)`, how much each example counts in the mean; only their ratios matter within a batch.
     - `mask`: boolean, `(n, *positions)` or `(n,)`: True for what counts. A masked position adds nothing, an example
         that is masked throughout is not counted. What stands in masked outputs and targets has no effect.
     - `mean_over_positions`: average over positions (all axes but the first and the last) instead of summing.

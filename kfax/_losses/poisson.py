@@ -56,7 +56,7 @@ def poisson_nll(
 
     - `log_rates`: `(n, *positions, d)` or `(n,)`, with the examples on axis 0; all other axes are summed over.
     - `counts`: of the same shape: integers, or any other numbers that are not negative.
-    - `weights`: `(n,)`, how much each example counts in the mean; only their ratios matter.
+    - `weights`: `(n,)`, how much each example counts in the mean; only their ratios matter within a batch.
     - `mask`: boolean, `(n, *positions)` or `(n,)`: True for what counts. A masked position adds nothing, an example
         that is masked throughout is not counted. What stands in masked rates and counts has no effect.
     - `mean_over_positions`: average over positions (all axes but the first and the last) instead of summing.

@@ -1,6 +1,7 @@
 """Losses by automatic differentiation, terms without curvature, and the check of losses of one's own."""
 
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -463,7 +464,7 @@ def test_learned_variances_with_the_quadratic_model():
         return kfax.gaussian_nll(means, log_variances, batch[:, :1])
 
     auto = kfax.QuadraticModel(kfax.ExactFisher())
-    settings = {
+    settings: dict[str, Any] = {
         "learning_rate": auto,
         "momentum": auto,
         "damping": kfax.LevenbergMarquardt(initial=1.0),
@@ -476,7 +477,8 @@ def test_learned_variances_with_the_quadratic_model():
         model, state, info = step(model, state, x, key=jax.random.key(i))
         losses.append(float(info.loss))
     assert losses[-1] < losses[0]
+    settings["momentum"] = kfax.QuadraticModel()
     with pytest.raises(ValueError, match="by one `kfax.QuadraticModel`"):
-        kfax.Optimizer(loss_fn, **(settings | {"momentum": kfax.QuadraticModel()}))
+        kfax.Optimizer(loss_fn, **settings)
     with pytest.raises(ValueError, match="must be `kfax.ExactGGN"):
         kfax.QuadraticModel(kfax.SampledFisher())

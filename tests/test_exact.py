@@ -603,8 +603,8 @@ def test_vectors_that_do_not_fit():
         return kfax.squared_error(jax.vmap(model)(batch), batch)
 
     x = jnp.ones((4, 3))
-    explicit, blocks = kfax.ExplicitExactCurvature(), kfax.BlockDiagonalCurvature(kfax.ExactGGN())
-    for estimator in (explicit, blocks):
+    two: list[Any] = [kfax.ExplicitExactCurvature(), kfax.BlockDiagonalCurvature(kfax.ExactGGN())]
+    for estimator in two:
         state = estimator.init(model, frozen=lambda m: m.layers[0])
         for call in (
             lambda e=estimator, s=state: e.solve(s, second),
@@ -616,7 +616,7 @@ def test_vectors_that_do_not_fit():
             with pytest.raises(ValueError, match="Vectors are like `kfax.parameters_of"):
                 call()
         assert estimator.solve(state, first) is not None
-    for estimator in (explicit, blocks, kfax.ImplicitExactCurvature()):
+    for estimator in (*two, kfax.ImplicitExactCurvature()):
         for damping, message in (
             ({".layers[0]": 0.1}, "have one for each of"),
             ({".layers[0]": 0.1, ".layers[2]": 0.1, ".head": 0.1}, "have one for each of"),

@@ -84,11 +84,11 @@ def test_data_may_be_several_and_pytrees():
     assert_close(kfax.function_loss(lambda f: jnp.sum(f**2), f).value(), jnp.sum(f**2) / 5)
 
 
-def test_negative_curvature_is_left_out_of_the_factor_only():
+def test_negative_curvature_is_left_out():
     f = jnp.array([[0.5, -2.0], [1.0, 3.0]])
     made = kfax.function_loss(lambda f: jnp.sum(f**3), f)
     v = random(3, 2, 2)
-    assert_close(made.ggn_product(v), 6 * f * v)
+    assert_close(made.ggn_product(v), 6 * jnp.maximum(f, 0) * v)
     assert_close(made.ggn_factor(made.ggn_factor_transpose(v)), 6 * jnp.maximum(f, 0) * v)
 
 
@@ -333,9 +333,9 @@ class Squared(kfax.NaturalLoss):
 
 MISTAKES = {
     "factor 2": r"`Squared.ggn_product` is wrong: it is not the Hessian of `value` times a vector: off by",
-    "shape of a factor": r"`Squared.ggn_product` is wrong.*must return an array like the outputs.*\(4, 2, 3\)",
-    "wrong transpose": "`Squared.ggn_product` is wrong",
-    "half a factor": r"`Squared.ggn_factor` is wrong: either it or its transpose raises",
+    "shape of a factor": r"`Squared.ggn_factor` is wrong.*must return an array like the outputs.*\(4, 2, 3\)",
+    "wrong transpose": "`Squared.ggn_factor_transpose` is wrong: it is not adjoint to `ggn_factor`",
+    "half a factor": r"`Squared.ggn_factor` is wrong: There is none",
     "mixes examples": "`Squared.losses` is wrong: it is not a function of its own example and position only: off by",
     "mixes positions": "`Squared.losses` is wrong",
     "forgets the examples": r"`Squared.losses` is wrong: it must lead with the 4 examples, but is of shape \(\)",
@@ -397,6 +397,15 @@ def test_the_method_that_is_wrong_is_named(method):
         kfax.check_loss(Apart(outputs=random(1, 4, 3), weighting=kfax.Weighting(), mistake=method), key=KEY)
 
 
+def test_a_factor_without_its_transpose_is_found():
+    class Half(Apart):
+        def ggn_factor_transpose(self, vector):
+            raise ValueError("There is none.")
+
+    with pytest.raises(ValueError, match="`Half.ggn_factor` is wrong: either it or its transpose raises"):
+        kfax.check_loss(Half(outputs=random(1, 4, 3), weighting=kfax.Weighting(), mistake="none"), key=KEY)
+
+
 def test_different_matrices_pass_their_check():
     loss = Apart(outputs=random(1, 4, 3), weighting=kfax.Weighting(), mistake="none")
     assert kfax.check_loss(loss, key=KEY) == ()
@@ -430,7 +439,7 @@ def test_a_nonconvex_function_has_one_matrix():
     expected = jnp.einsum("nij,nj->ni", positive, u)
     assert_close(made.ggn_product(u), expected)
     assert_close(made.ggn_factor(made.ggn_factor_transpose(u)), expected)
-    with pytest.raises(ValueError, match="FunctionLoss.ggn_product` is wrong"):
+    with pytest.raises(ValueError, match="`FunctionLoss.ggn_factor` is wrong: there is none.*negative curvature, -"):
         kfax.check_loss(made, key=KEY)
 
 
@@ -451,7 +460,7 @@ def test_a_method_that_fails_is_not_one_without_an_answer():
         def sampled_gradient(self, key):
             return 2**0.5 * jax.random.normal(key, self.outputs.shape)
 
-    with pytest.raises(ValueError, match="Broken.ggn_product` is wrong"):
+    with pytest.raises(ValueError, match="`Broken.ggn_factor_transpose` is wrong"):
         kfax.check_loss(Broken(outputs=random(1, 6, 3), weighting=kfax.Weighting()), key=KEY)
 
 

@@ -208,7 +208,7 @@ def test_batch_normalization_is_differentiated_through():
     p = kfax.parameters_of(tagged)
     assert len(jax.tree.leaves(p)) == len(jax.tree.leaves(parameters(tagged))) - 2
     assert_close(estimator.to_dense(held, p), ggn(outputs, p, softmax_loss, y))
-    with pytest.raises(ValueError, match="structure of the parameters. Vectors are like `kfax.parameters_of"):
+    with pytest.raises(ValueError, match="shapes of the parameters. Vectors are like `kfax.parameters_of"):
         estimator.multiply(held, parameters(tagged))
 
 

@@ -58,12 +58,13 @@ class _Check:
     def run(self) -> tuple[str, ...]:
         self.check_independence()
         hessian = eqx.filter_jit(jax.vmap(self.hessian_product))(self.left)
-        product = self.product("ggn_product", self.loss.ggn_product)
-        if product is not None:
-            self.compare("ggn_product", product, hessian, "the Hessian of `value` times a vector")
         factored = self.factored("ggn_factor")
         if factored is not None:
             self.check_convexity(hessian)
+        product = self.product("ggn_product", self.loss.ggn_product)
+        if product is not None:
+            self.compare("ggn_product", product, hessian, "the Hessian of `value` times a vector")
+        if factored is not None:
             self.compare("ggn_factor", factored, hessian, "a factor of the Hessian of `value`")
         self.check_draws(self.factored("fisher_factor"))
         return tuple(self.missing)

@@ -60,7 +60,9 @@ def make_kfac(is_full):
     # Mini-batches vary too much for their quadratic models to be trusted, and for inverses of five steps ago.
     alpha, beta, damping, period = (auto, auto, rule, 5) if is_full else (0.1, 0.9, 0.3, 1)
     coefficients = {"learning_rate": alpha, "momentum": beta, "damping": damping, "l2": L2}
-    optimizer = kfax.Optimizer(loss_fn, **coefficients, inverse_update_period=period)
+    optimizer = kfax.Optimizer(
+        loss_fn, **coefficients, preconditioner=kfax.Preconditioner(inverse_update_period=period)
+    )
     return optimizer.init, optimizer.step
 
 

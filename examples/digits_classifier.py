@@ -56,7 +56,7 @@ def loss_fn(model, batch):
 def make_kfac(task):
     """The first state of K-FAC, and its step."""
     schedule = optax.cosine_decay_schedule(0.1, len(task.indices))
-    optimizer = kfax.Optimizer(loss_fn, learning_rate=schedule, momentum=0.9, damping=0.1, inverse_update_period=5)
+    optimizer = kfax.Optimizer(loss_fn, learning_rate=schedule, momentum=0.9, damping=0.1)
     return optimizer.init(task.model, task.batch(0)), optimizer.step
 
 

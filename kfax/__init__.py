@@ -29,9 +29,11 @@ from ._blocks import (
 from ._check import check as check
 from ._coverage import Coverage as Coverage, coverage as coverage, CoverageRow as CoverageRow
 from ._damping import (
+    DampingMultiple as DampingMultiple,
     DampingRule as DampingRule,
     FixedDamping as FixedDamping,
     LevenbergMarquardt as LevenbergMarquardt,
+    RelativeDamping as RelativeDamping,
     ScheduledDamping as ScheduledDamping,
 )
 from ._estimators import (
@@ -95,7 +97,14 @@ from ._operations import (
     Transposed as Transposed,
     Windows as Windows,
 )
-from ._optimizer import Optimizer as Optimizer, OptimizerState as OptimizerState, StepInfo as StepInfo
+from ._optax import scale_by_curvature as scale_by_curvature, ScaleByCurvatureState as ScaleByCurvatureState
+from ._optimizer import Optimizer as Optimizer
+from ._passes import Fraction as Fraction
+from ._preconditioner import (
+    Preconditioner as Preconditioner,
+    PreconditionerState as PreconditionerState,
+    Staggered as Staggered,
+)
 from ._quadratic import QuadraticModel as QuadraticModel
 from ._registry import (
     default_registry as default_registry,
@@ -105,6 +114,7 @@ from ._registry import (
     tag as tag,
     untag as untag,
 )
+from ._rescale import NormConstraint as NormConstraint, Rejection as Rejection
 from ._sources import (
     CotangentSource as CotangentSource,
     CurvaturePropagation as CurvaturePropagation,
@@ -113,6 +123,12 @@ from ._sources import (
     ExactFisher as ExactFisher,
     ExactGGN as ExactGGN,
     SampledFisher as SampledFisher,
+)
+from ._step import (
+    LayerNorms as LayerNorms,
+    OptimizerState as OptimizerState,
+    StepInfo as StepInfo,
+    StepResult as StepResult,
 )
 
 

@@ -28,7 +28,7 @@ class DampingRule(eqx.Module):
 
     @abc.abstractmethod
     def update(self, damping: Scalar, ratio: Scalar) -> Scalar:
-        """What to store for the next step, on steps at which the rule wants the ratio."""
+        """What to store for the next step, on steps at which the rule wants the ratio; NaN after a step that failed."""
 
 
 class FixedDamping(DampingRule):
@@ -85,6 +85,41 @@ class ScheduledDamping(DampingRule):
         return damping
 
 
+class DampingMultiple(DampingRule):
+    """A multiple of the optimizer's λ, for the preconditioner alone.
+
+    **Fields:**
+
+    - `factor`: positive, without unit.
+    """
+
+    factor: Scalar
+
+    def __init__(self, factor: ArrayLike):
+        """**Arguments:**
+
+        - `factor`: positive, without unit.
+        """
+        self.factor = positive("factor", factor)
+
+    def init(self) -> Scalar:
+        raise ValueError(
+            "`kfax.DampingMultiple` is a multiple of the optimizer's damping: give it as `preconditioner_damping=`."
+        )
+
+    def value(self, stored: Scalar, step: Counter) -> Scalar:
+        del step
+        return self.factor * stored
+
+    def wants_ratio(self, step: Counter) -> bool:
+        del step
+        return False
+
+    def update(self, damping: Scalar, ratio: Scalar) -> Scalar:
+        del ratio
+        return damping
+
+
 class LevenbergMarquardt(DampingRule):
     r"""Raises and lowers λ by how well the quadratic model predicts the change of the loss.
 
@@ -93,7 +128,11 @@ class LevenbergMarquardt(DampingRule):
 
     $$\rho = \frac{h(\theta + \delta) - h(\theta)}{M(\delta) - M(0)}$$
 
-    λ is multiplied by `decay ** period` if ρ > `upper`, and divided by it if ρ < `lower` or not a number.
+    λ is multiplied by `decay ** period` if ρ > `upper`, and divided by it if ρ < `lower` or not a number. A step after
+    which the loss is not finite is undone, and λ raised.
+
+    M has the exact curvature if learning rate or momentum are chosen by [`kfax.QuadraticModel`][], and the estimator's
+    otherwise, unless `exact_model` says so: that costs a forward pass of derivatives on the steps that need it.
 
     ??? cite "Source"
         Martens & Grosse 2015, arXiv:1503.05671, section 6.5. Differs: the paper's M includes λ‖δ‖²/2, here only the
@@ -107,6 +146,7 @@ class LevenbergMarquardt(DampingRule):
     minimum: Scalar
     maximum: Scalar
     period: int = eqx.field(static=True)
+    exact_model: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -118,6 +158,7 @@ class LevenbergMarquardt(DampingRule):
         upper: ArrayLike = 0.75,
         minimum: ArrayLike = 1e-8,
         maximum: ArrayLike = jnp.inf,
+        exact_model: bool = False,
     ):
         """**Arguments:**
 
@@ -127,6 +168,7 @@ class LevenbergMarquardt(DampingRule):
         - `period`: how many steps between adjustments.
         - `lower`, `upper`: thresholds of the reduction ratio. The defaults are those of the paper.
         - `minimum`, `maximum`: bounds for λ. [loss/param²]
+        - `exact_model`: whether to predict with the exact curvature also where nothing else asks for it.
 
         **Raises:** `ValueError` for values out of their range.
         """
@@ -139,6 +181,7 @@ class LevenbergMarquardt(DampingRule):
         self.minimum = positive("minimum", minimum)
         self.maximum = positive("maximum", maximum)
         self.period = period
+        self.exact_model = exact_model
 
     def init(self) -> Scalar:
         return self.initial
@@ -156,6 +199,32 @@ class LevenbergMarquardt(DampingRule):
         # A NaN fails both comparisons: first the one that would keep or lower λ.
         new = jnp.where(ratio > self.upper, lowered, jnp.where(ratio >= self.lower, damping, raised))
         return jnp.clip(new, self.minimum, self.maximum)
+
+
+class RelativeDamping(eqx.Module):
+    """λ as a multiple of the mean eigenvalue of the estimated curvature.
+
+    What is right for one network or loss is then about right for another: the number has no unit, and does not change
+    when the loss is multiplied by a constant. The mean eigenvalue, the mean of the diagonal, is taken at each step.
+
+    ??? cite "Source"
+        Grosse et al. 2023, arXiv:2308.03296, damp by a tenth of the mean eigenvalue. For the choice of λ by the scale
+        of the curvature see also Ishikawa & Karakida 2023, arXiv:2312.12226.
+    """
+
+    rule: DampingRule
+
+    def __init__(self, damping: ArrayLike | Schedule | DampingRule):
+        """**Arguments:**
+
+        - `damping`: λ in units of the mean eigenvalue: a number, a schedule or a rule.
+        """
+        self.rule = as_damping_rule(damping)
+
+
+def rule_of(damping: DampingRule | RelativeDamping) -> DampingRule:
+    """The rule, in its own units."""
+    return damping.rule if isinstance(damping, RelativeDamping) else damping
 
 
 def as_damping_rule(damping: Any) -> DampingRule:

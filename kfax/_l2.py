@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, PyTree
+from jaxtyping import ArrayLike, PyTree
 
 from ._layers import to_matrices
 from ._scalars import scalar
@@ -51,8 +51,10 @@ class L2(eqx.Module):
     def value(self, mask: PyTree[bool], parameters: Parameters) -> Scalar:
         return dot(parameters, self.multiply(mask, parameters)) / 2
 
-    def by_layer(self, mask: PyTree[bool], parameters: Parameters) -> dict[str, Float[Array, ""]]:
-        """What to add to each layer's damping: η times the share of its parameters that is regularized."""
+    def damping(self, mask: PyTree[bool], parameters: Parameters) -> Scalar | dict[str, Scalar]:
+        """What to add to the damping, or to each layer's: η times the share of its parameters that is regularized."""
+        if self.where is None:
+            return self.coefficient
         flags = jax.tree.map(lambda chosen, x: jnp.full(x.shape, chosen, jnp.float32), mask, parameters)
         return {
             key: self.coefficient * jnp.mean(matrix).astype(self.coefficient.dtype)

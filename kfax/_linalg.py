@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ._types import Scalar
 
@@ -55,30 +56,53 @@ def sandwich(
 
 
 def shift(factor: Float[Array, "..."], by: Scalar, ndim: int) -> Float[Array, "..."]:
-    """Adds a multiple of the identity to a factor with `ndim` leading axes."""
+    """Adds a multiple of the identity to a factor with `ndim` leading axes: of a matrix, at least `least_damping`."""
     by = by.astype(factor.dtype)
-    return factor + (by if is_diagonal(factor, ndim) else by * jnp.eye(factor.shape[-1], dtype=factor.dtype))
+    if is_diagonal(factor, ndim):
+        return factor + by
+    size = factor.shape[-1]
+    by = jnp.maximum(by, least_damping(size, factor.dtype) * _mean_eigenvalue(factor, ndim))
+    return factor + by[..., None, None] * jnp.eye(size, dtype=factor.dtype)
+
+
+def least_damping(size: int, dtype: DTypeLike) -> float:
+    """What must be added to a matrix of any rank, relative to its mean eigenvalue, for Cholesky not to break down.
+
+    Half of it sufficed in float32 for matrices of rank one of up to 1001 rows, the worst case.
+    """
+    return 8 * size * float(jnp.finfo(dtype).eps) if size > 1 else 0.0
 
 
 def psd_inverse(matrix: Float[Array, "*stack d d"]) -> Float[Array, "*stack d d"]:
     """The inverse of (a stack of) symmetric positive definite matrices, by Cholesky: about d³ multiply-adds each.
 
-    NaN where a matrix is not positive definite to working precision.
+    NaN where a matrix is not positive definite to working precision, or not finite.
     """
     if matrix.shape[-1] == 1:
         return jnp.where(matrix > 0, 1 / matrix, jnp.nan)
+    matrix, finite = _finite_or_eye(matrix)
     factor = jnp.linalg.cholesky(matrix, symmetrize_input=False)
     eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
     root = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
-    return matmul(jnp.swapaxes(root, -1, -2), root)
+    return jnp.where(finite, matmul(jnp.swapaxes(root, -1, -2), root), jnp.nan)
 
 
 def eigh(matrix: Float[Array, "*stack d d"]) -> tuple[Float[Array, "*stack d"], Float[Array, "*stack d d"]]:
-    """Eigenvalues and eigenvectors (as columns) of (a stack of) symmetric matrices: about 9 d³ flops each."""
+    """Eigenvalues and eigenvectors (as columns) of (a stack of) symmetric matrices: about 9 d³ flops each.
+
+    NaN where a matrix is not finite.
+    """
     if matrix.shape[-1] == 1:
         return matrix[..., 0], jnp.ones_like(matrix)
+    matrix, finite = _finite_or_eye(matrix)
     values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
-    return values, vectors
+    return jnp.where(finite[..., 0], values, jnp.nan), jnp.where(finite, vectors, jnp.nan)
+
+
+def _finite_or_eye(matrix: Float[Array, "*stack d d"]) -> tuple[Float[Array, "*stack d d"], Bool[Array, "*stack 1 1"]]:
+    """Spares a factorization what is not finite: some libraries return numbers for it, or never return."""
+    finite = jnp.all(jnp.isfinite(matrix), axis=(-2, -1), keepdims=True)
+    return jnp.where(finite, matrix, jnp.eye(matrix.shape[-1], dtype=matrix.dtype)), finite
 
 
 def diagonalize_both(
@@ -141,7 +165,7 @@ def damp_factors(
     6.3). They are returned on a common scale, `tr Â / d_a = tr Ĝ / d_g`, which leaves the product unchanged and keeps
     both near the middle of the exponent range. A 1x1 factor is left undamped and all of λ goes to the other one,
     which makes the damping exact. If either factor vanishes (beside λ) the product is `λI`. Each factor has `ndim`
-    leading axes, and may be the diagonal of a diagonal matrix.
+    leading axes, and may be the diagonal of a diagonal matrix. Neither is damped by less than `least_damping`.
     """
     d_a, d_g = a.shape[-1], g.shape[-1]
     mean_a, mean_g = _mean_eigenvalue(a, ndim), _mean_eigenvalue(g, ndim)
@@ -164,7 +188,8 @@ def damp_factors(
         if not is_matrix:
             return eye
         unit = factor / expand(jnp.where(alive, mean, 1))
-        return jnp.where(expand(alive), expand(scale) * (unit + expand(relative) * eye), constant * eye)
+        by = jnp.maximum(relative, least_damping(size, factor.dtype))
+        return jnp.where(expand(alive), expand(scale) * (unit + expand(by) * eye), constant * eye)
 
     return damped(a, mean_a, d_a > 1 or d_g == 1), damped(g, mean_g, d_g > 1)
 

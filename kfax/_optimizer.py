@@ -6,70 +6,23 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
+from jaxtyping import Array, ArrayLike, Bool, PyTree
 
-from ._capture import Linearization, Problem
+from ._attempt import Coefficient, Given, Rules
+from ._capture import linearize, Problem
 from ._check import check
-from ._damping import as_damping_rule, DampingRule
-from ._estimators import BlockDiagonalCurvature, CurvatureEstimator, ImplicitExactCurvature
+from ._damping import as_damping_rule, DampingRule, RelativeDamping
+from ._estimators import CurvatureEstimator
 from ._l2 import L2
-from ._layers import parts
-from ._quadratic import PlaneModel, QuadraticModel
+from ._preconditioner import check_period, Preconditioner
+from ._present import observe, Present, problem_with
+from ._quadratic import QuadraticModel
 from ._registry import split_parameters
-from ._scalars import positive, scalar, scheduled
-from ._tree import combine, cond, dot, is_traced, norm, zeros_like
-from ._types import Counter, Model, Parameters, PRNGKey, Scalar, Schedule, Where
-
-
-Coefficient = Scalar | Schedule | QuadraticModel
-
-
-class OptimizerState(eqx.Module):
-    """What the optimizer remembers between steps. Does not depend on the batch size.
-
-    **Fields:**
-
-    - `step`: how many steps were taken.
-    - `damping`: λ, as the damping rule left it. [loss/param²]
-    - `velocity`: the previous update of the parameters. [param]
-    - `curvature`: the state of the estimator, with its inverses.
-    """
-
-    step: Counter
-    damping: Scalar
-    velocity: Parameters
-    curvature: Any
-
-
-class StepInfo(eqx.Module):
-    """What happened in a step.
-
-    **Fields:**
-
-    - `step`: its number, from zero.
-    - `loss`: the objective before the step: all losses, and the L2 term.
-    - `gradient_norm`: of the objective. [loss/param]
-    - `update_norm`: of the change of the parameters. [param]
-    - `learning_rate`, `momentum`: the coefficients that were used.
-    - `damping`: λ of this step. [loss/param²]
-    - `predicted_change`: the change of the objective that the quadratic model predicts, without damping. NaN on steps
-        that had no use for it.
-    - `reduction_ratio`: the actual change over the predicted one. NaN on steps that did not measure it.
-    - `model_state`: the new one, if `loss_fn` returned one.
-    - `aux`: what else `loss_fn` returned.
-    """
-
-    step: Counter
-    loss: Scalar
-    gradient_norm: Scalar
-    update_norm: Scalar
-    learning_rate: Scalar
-    momentum: Scalar
-    damping: Scalar
-    predicted_change: Scalar
-    reduction_ratio: Scalar
-    model_state: Any
-    aux: Any
+from ._rescale import NormConstraint, Rejection
+from ._scalars import positive, scalar
+from ._step import check_state, layer_norms, OptimizerState, StepInfo
+from ._tree import cond, is_traced, zeros_like
+from ._types import Model, PRNGKey, Schedule, Where
 
 
 class Optimizer(eqx.Module):
@@ -82,6 +35,8 @@ class Optimizer(eqx.Module):
     jit them, scan them, vmap them as you like. An optimizer is a PyTree whose numbers are array leaves, so that another
     value needs no new compilation.
 
+    For two settings that work in most cases see [`kfax.full_batch`][] and [`kfax.stochastic`][].
+
     ??? cite "Source"
         Martens & Grosse 2015, arXiv:1503.05671, algorithm 2. Differs: the preconditioner is damped by λ itself, not
         by a γ that is searched for separately.
@@ -90,24 +45,26 @@ class Optimizer(eqx.Module):
     loss_fn: Callable
     learning_rate: Coefficient
     momentum: Coefficient
-    damping: DampingRule
-    estimator: CurvatureEstimator
+    damping: DampingRule | RelativeDamping
     l2: L2
-    inverse_update_period: int = eqx.field(static=True)
-    curvature_update_period: int = eqx.field(static=True)
+    preconditioner: Preconditioner
+    rejection: Rejection | None
+    micro_batches: int = eqx.field(static=True)
+    report_layers: bool = eqx.field(static=True)
     frozen: Where | None = eqx.field(static=True)
 
     def __init__(
         self,
         loss_fn: Callable,
         *,
-        learning_rate: ArrayLike | Schedule | QuadraticModel,
+        learning_rate: ArrayLike | Schedule | QuadraticModel | NormConstraint,
         momentum: ArrayLike | Schedule | QuadraticModel,
-        damping: ArrayLike | Schedule | DampingRule,
+        damping: ArrayLike | Schedule | DampingRule | RelativeDamping,
         l2: ArrayLike | L2 = 0.0,
-        estimator: CurvatureEstimator | None = None,
-        inverse_update_period: int = 5,
-        curvature_update_period: int = 1,
+        preconditioner: Preconditioner | None = None,
+        micro_batches: int = 1,
+        rejection: Rejection | None = None,
+        report_layers: bool = False,
         frozen: Where | None = None,
     ):
         """**Arguments:**
@@ -115,34 +72,50 @@ class Optimizer(eqx.Module):
         - `loss_fn`: called as `loss_fn(model, batch)`, and with `key=` and `model_state=` if it has parameters of
             these names. Returns a [`kfax.Loss`][] of the whole batch (or a list or dictionary of them), or a tuple
             `(losses, aux)`; if it takes a model state, `(losses, model_state)` or `(losses, model_state, aux)`.
-        - `learning_rate`: α, a number, a schedule (a function of the step, as those of optax), or
-            [`kfax.QuadraticModel`][].
-        - `momentum`: β, likewise.
-        - `damping`: λ, a number, a schedule, or a rule such as [`kfax.LevenbergMarquardt`][]. [loss/param²]
+        - `learning_rate`: α, a number, a schedule (a function of the step, as those of optax),
+            [`kfax.QuadraticModel`][] or [`kfax.NormConstraint`][].
+        - `momentum`: β, a number, a schedule or [`kfax.QuadraticModel`][].
+        - `damping`: λ, a number, a schedule, a rule such as [`kfax.LevenbergMarquardt`][], or one of these relative to
+            the curvature, [`kfax.RelativeDamping`][]. [loss/param²]
         - `l2`: η, a number, or a [`kfax.L2`][] for some of the parameters. [loss/param²]
-        - `estimator`: of the curvature; [`kfax.BlockDiagonalCurvature`][]`()` if not given.
-        - `inverse_update_period`: how many steps between refreshes of the inverse, the costly part.
-        - `curvature_update_period`: how many steps between updates of the statistics.
+        - `preconditioner`: which curvature is inverted, and how often; [`kfax.Preconditioner`][]`()` if not given.
+        - `micro_batches`: in how many equal parts a batch is run, one after the other, to save memory. Examples are
+            expected on axis 0 of all arrays of the batch. Parts of it that preconditioner or quadratic model are told
+            to use are run whole.
+        - `rejection`: when to undo a step, [`kfax.Rejection`][]`()`; never, if not given.
+        - `report_layers`: whether `StepInfo` has the norms of single layers.
         - `frozen`: what is not trained: a function of the model that returns nodes of it, as in [`kfax.tag`][].
 
         **Raises:** `ValueError` for values out of their range.
         """
         if not callable(loss_fn):
             raise ValueError(f"`loss_fn` must be a function of model and batch, got {type(loss_fn).__name__}.")
-        if inverse_update_period < 1 or curvature_update_period < 1:
-            raise ValueError("`inverse_update_period` and `curvature_update_period` count steps: at least 1.")
+        check_period("micro_batches", micro_batches)
+        preconditioner = Preconditioner() if preconditioner is None else preconditioner
+        if not isinstance(preconditioner, Preconditioner):
+            raise ValueError(f"`preconditioner` must be a `kfax.Preconditioner(...)`, got {preconditioner!r}.")
+        if not (rejection is None or isinstance(rejection, Rejection)):
+            raise ValueError(f"`rejection` must be `kfax.Rejection()` or `None`, got {rejection!r}.")
+        if isinstance(momentum, NormConstraint):
+            raise ValueError("`kfax.NormConstraint` is for the learning rate. `momentum` is a number or a schedule.")
         self.loss_fn = loss_fn
         self.learning_rate = _coefficient("learning_rate", learning_rate)
         self.momentum = _coefficient("momentum", momentum)
         if isinstance(learning_rate, QuadraticModel) and isinstance(momentum, QuadraticModel):
             if learning_rate != momentum:
                 raise ValueError("Learning rate and momentum must be chosen by one `kfax.QuadraticModel`.")
-        self.damping = as_damping_rule(damping)
+        self.damping = damping if isinstance(damping, RelativeDamping) else as_damping_rule(damping)
         self.l2 = l2 if isinstance(l2, L2) else L2(l2)
-        self.estimator = BlockDiagonalCurvature() if estimator is None else estimator
-        self.inverse_update_period = inverse_update_period
-        self.curvature_update_period = curvature_update_period
+        self.preconditioner = preconditioner
+        self.rejection = rejection
+        self.micro_batches = micro_batches
+        self.report_layers = report_layers
         self.frozen = frozen
+
+    @property
+    def estimator(self) -> CurvatureEstimator:
+        """The estimator of the curvature."""
+        return self.preconditioner.estimator
 
     def init(self, model: Model, batch: Any, *, key: PRNGKey | None = None, model_state: Any = None) -> OptimizerState:
         """**Arguments:**
@@ -169,9 +142,10 @@ class Optimizer(eqx.Module):
             )
         return OptimizerState(
             step=jnp.zeros((), jnp.int32),
-            damping=self.damping.init(),
+            damping=self._rules.rule.init(),
             velocity=zeros_like(parameters),
-            curvature=self.estimator.init(model, frozen=self.frozen),
+            preconditioner=self.preconditioner.init(model, parameters, self.frozen),
+            is_stale=None if self.rejection is None else jnp.zeros((), bool),
         )
 
     def step(
@@ -190,58 +164,104 @@ class Optimizer(eqx.Module):
 
         - `model`: the tagged model.
         - `state`: from `init` or the previous step.
-        - `batch`: passed to `loss_fn`.
+        - `batch`: passed to `loss_fn`. Its size may change from step to step (each size is compiled once).
         - `key`: for the estimator's source if it draws random numbers, and for `loss_fn` if it takes a key.
         - `model_state`: for `loss_fn`, if it takes one.
-        - `learning_rate`, `momentum`, `damping`: used in this step in place of what the optimizer would choose.
+        - `learning_rate`, `momentum`, `damping`: used in this step in place of what the optimizer would choose. A norm
+            constraint holds for the given learning rate too, and a relative damping is given in its own units.
 
         **Returns:** the next model, the next state, and a [`kfax.StepInfo`][].
 
         **Raises:** `ValueError` if model, state and batch do not fit.
         """
+        given = Given(
+            None if learning_rate is None else scalar("learning_rate", learning_rate),
+            None if momentum is None else scalar("momentum", momentum),
+            None if damping is None else positive("damping", damping),
+        )
+        problem, key = self._problem(model, state, batch, key, model_state)
+        present, state, failed = self._observe(problem, state, key)
+        attempt = self._rules.attempt(present, state, given, is_measured=self.rejection is not None)
+        parameters, state, info = self._rules.conclude(present, state, attempt, failed)
+        if self.report_layers:
+            vectors = (present.problem.parameters, present.gradient, attempt.descent, attempt.update)
+            info = eqx.tree_at(lambda i: i.layers, info, layer_norms(*vectors), is_leaf=lambda x: x is None)
+        return eqx.combine(parameters, model), state, info
+
+    def burn_in(
+        self, model: Model, state: OptimizerState, batch: Any, *, key: PRNGKey | None = None, model_state: Any = None
+    ) -> OptimizerState:
+        """Takes a batch into the estimate of the curvature, without a step: for better statistics at the start.
+
+        **Arguments:** as for `step`.
+
+        **Returns:** the state with the new estimate.
+        """
+        problem, key = self._problem(model, state, batch, key, model_state)
+        start = eqx.tree_at(lambda s: s.step, state, jnp.zeros_like(state.step))  # statistics are due at step 0
+        return eqx.tree_at(lambda s: s.step, self._observe(problem, start, key)[1], state.step)
+
+    def refresh(self, model: Model, state: OptimizerState) -> OptimizerState:
+        """Computes all inverses anew, for the present estimate and λ, whether they are due or not.
+
+        **Arguments:**
+
+        - `model`: the tagged model.
+        - `state`: from `init`, `burn_in` or the previous step.
+
+        **Returns:** the state with new inverses; those that are not finite are as before.
+        """
         parameters, _ = split_parameters(model, self.frozen)
-        _check_state(state, parameters)
-        loss_key, source_key = (None, None) if key is None else jax.random.split(key)
-        problem = Problem(self.loss_fn, model, batch, loss_key, model_state, self.frozen)
-        linearization = self.estimator.linearize(problem)
-        mask = self.l2.mask(model, parameters)
-        now = _Present(
-            linearization=linearization,
-            mask=mask,
-            loss=linearization.evaluation.value() + self.l2.value(mask, parameters),
-            gradient=combine((1, 1), (linearization.gradient(), self.l2.multiply(mask, parameters))),
-            damping=self.damping.value(state.damping, state.step) if damping is None else positive("damping", damping),
-        )
-        curvature = self._estimate(now, state, parameters, source_key)
-        given = (
-            _choose("learning_rate", self.learning_rate, learning_rate, state.step),
-            _choose("momentum", self.momentum, momentum, state.step),
-        )
-        descent = combine((-1,), (self.estimator.solve(curvature, now.gradient),))
-        coefficients, predicted = self._coefficients(now, given, (descent, state.velocity))
-        update = combine(coefficients, (descent, state.velocity))
-        new_model = eqx.apply_updates(model, update)
-        new_damping, predicted, ratio = self._assess(now, state.step, curvature, update, new_model, predicted)
-        info = StepInfo(
-            step=state.step,
-            loss=now.loss,
-            gradient_norm=norm(now.gradient),
-            update_norm=norm(update),
-            learning_rate=coefficients[0],
-            momentum=coefficients[1],
-            damping=now.damping,
-            predicted_change=predicted,
-            reduction_ratio=ratio,
-            model_state=linearization.evaluation.model_state,
-            aux=linearization.evaluation.aux,
-        )
-        return new_model, OptimizerState(state.step + 1, new_damping, update, curvature), info
+        check_state(state, parameters)
+        l2 = self.l2.damping(self.l2.mask(model, parameters), parameters)
+        _, damping = self._rules.dampings(state, parameters, l2, None)
+        preconditioner, _ = self.preconditioner.refresh(state.preconditioner, parameters, damping)
+        return eqx.tree_at(lambda s: s.preconditioner, state, preconditioner)
+
+    def calibrate(
+        self, model: Model, state: OptimizerState, batch: Any, *, key: PRNGKey | None = None, model_state: Any = None
+    ) -> OptimizerState:
+        """Finds a λ to start with: adjusts it on one batch until the rule would leave it as it is.
+
+        Tries the first step again and again from where the model is, with everything that depends on λ computed anew,
+        and has the damping rule judge it; at most 100 times. Of two λ between which it would go back and forth the
+        larger one is taken. Worth its time where a good `initial` is not known.
+
+        **Arguments:** as for `step`.
+
+        **Returns:** the state with another λ, and with the batch in its estimate of the curvature.
+
+        **Raises:** `ValueError` if the damping rule does not adapt.
+        """
+        if self._rules.rule.wants_ratio(state.step) is False:
+            raise ValueError("`calibrate` needs a damping that adapts, such as `kfax.LevenbergMarquardt(1.0)`.")
+        problem, key = self._problem(model, state, batch, key, model_state)
+        present, state, _ = self._observe(problem, state, key)
+
+        def adjust(carry):
+            number, direction, count = carry
+            start = eqx.tree_at(lambda s: s.damping, state, number)
+            attempt = self._rules.attempt(present, start, Given(), is_measured=True, is_stale=True)
+            new = self._rules.rule.update(number, attempt.ratio)
+            towards = jnp.sign(new - number)
+            turned = towards * direction < 0
+            return jnp.where(turned, jnp.maximum(number, new), new), jnp.where(turned, 0, towards), count + 1
+
+        def goes_on(carry):
+            _, direction, count = carry
+            return (direction != 0) & (count < _MAX_TRIALS)
+
+        # At first there is no direction that it could turn from.
+        start = (state.damping, jnp.full_like(state.damping, jnp.nan), jnp.zeros((), jnp.int32))
+        number, *_ = jax.lax.while_loop(goes_on, adjust, start)
+        return eqx.tree_at(lambda s: s.damping, state, number)
 
     def state_axes(self, state: OptimizerState) -> PyTree[int | None]:
         """`in_axes` and `out_axes` of a state for `equinox.filter_vmap` over an ensemble: all arrays but the counter.
 
         An unmapped counter keeps "every fifth step" one decision for the whole ensemble. With a mapped one, JAX would
-        do the work of both branches at every step.
+        do the work of both branches at every step; and so it does with a [`kfax.Rejection`][], of which each member
+        has its own.
 
         **Arguments:**
 
@@ -252,134 +272,52 @@ class Optimizer(eqx.Module):
         axes = jax.tree.map(lambda _: 0, state)
         return eqx.tree_at(lambda s: s.step, axes, None)
 
-    def _estimate(
-        self,
-        now: "_Present",
-        state: OptimizerState,
-        parameters: Parameters,
-        key: PRNGKey | None,
-    ) -> Any:
-        """The curvature with this batch in it, and its inverses, each if it is due."""
-        curvature = cond(
-            _is_due(state.step, self.curvature_update_period),
-            lambda: self.estimator.fold(state.curvature, now.linearization, key),
-            lambda: state.curvature,
-        )
-        damping = {path: now.damping + eta for path, eta in self.l2.by_layer(now.mask, parameters).items()}
-        return cond(
-            _is_due(state.step, self.inverse_update_period),
-            lambda: self.estimator.refresh(curvature, parameters, damping),
-            lambda: curvature,
-        )
-
-    def _coefficients(
-        self, now: "_Present", given: tuple[Scalar | None, Scalar | None], directions: tuple[Parameters, Parameters]
-    ) -> tuple[tuple[Scalar, Scalar], Scalar | None]:
-        """Learning rate and momentum, and the change that the exact quadratic model predicts if it was asked."""
-        learning_rate, momentum = given
-        if learning_rate is not None and momentum is not None:
-            return (learning_rate, momentum), None
-        exact = ImplicitExactCurvature(self._quadratic_model().source)
-        batch = exact.fold(exact.init(now.problem.model, frozen=self.frozen), now.linearization, None)
-        gram = exact.gram(batch, directions)
-        l2 = _table(directions, tuple(self.l2.multiply(now.mask, v) for v in directions))
-        slopes = jnp.stack([dot(now.gradient, v) for v in directions])
-        plane = PlaneModel(gram + l2, _table(directions, directions), slopes)
-        coefficients = plane.minimize(now.damping, learning_rate, momentum)
-        return coefficients, plane.change(jnp.stack(coefficients))
-
-    def _quadratic_model(self) -> QuadraticModel:
-        models = [each for each in (self.learning_rate, self.momentum) if isinstance(each, QuadraticModel)]
-        return models[0] if models else QuadraticModel()
-
-    def _assess(
-        self,
-        now: "_Present",
-        step: Counter,
-        curvature: Any,
-        update: Parameters,
-        new_model: Model,
-        predicted: Scalar | None,
-    ) -> tuple[Scalar, Scalar, Scalar]:
-        """The next λ, the predicted change and the reduction ratio; NaN for what was not computed."""
-        dtype = now.loss.dtype
-        unknown = jnp.full((), jnp.nan, dtype)
-
-        def measure():
-            change = self._approximate_change(now, curvature, update) if predicted is None else predicted
-            new_parameters, _ = split_parameters(new_model, self.frozen)
-            after = now.problem.evaluate(new_parameters).value()
-            after = after + self.l2.value(now.mask, new_parameters)
-            ratio = (after - now.loss) / change
-            return self.damping.update(now.damping, ratio), change.astype(dtype), ratio.astype(dtype)
-
-        def do_not_measure():
-            return now.damping, unknown if predicted is None else predicted.astype(dtype), unknown
-
-        wanted = self.damping.wants_ratio(step)
-        return do_not_measure() if wanted is False else cond(wanted, measure, do_not_measure)
-
-    def _approximate_change(self, now: "_Present", curvature: Any, update: Parameters) -> Scalar:
-        """What the estimator's own quadratic model predicts, without damping."""
-        product = combine((1, 1), (self.estimator.multiply(curvature, update), self.l2.multiply(now.mask, update)))
-        return dot(now.gradient, update) + dot(update, product) / 2
-
-
-class _Present(eqx.Module):
-    """What is known at the start of a step and needed by its parts."""
-
-    linearization: Linearization
-    mask: PyTree[bool]
-    loss: Scalar
-    gradient: Parameters
-    damping: Scalar
-
     @property
-    def problem(self) -> Problem:
-        return self.linearization.problem
+    def _rules(self) -> Rules:
+        return Rules(self.learning_rate, self.momentum, self.damping, self.preconditioner, self.rejection)
+
+    def _problem(
+        self, model: Model, state: OptimizerState, batch: Any, key: PRNGKey | None, model_state: Any
+    ) -> tuple[Problem, PRNGKey | None]:
+        """What is to be run, and a key for the curvature."""
+        parameters, _ = split_parameters(model, self.frozen)
+        check_state(state, parameters)
+        loss_key, source_key = (None, None) if key is None else jax.random.split(key)
+        return Problem(self.loss_fn, model, batch, loss_key, model_state, self.frozen), source_key
+
+    def _observe(
+        self, problem: Problem, state: OptimizerState, key: PRNGKey | None
+    ) -> tuple[Present, OptimizerState, Bool[Array, ""]]:
+        """Runs the batch, and takes its curvature into the state if that is due and finite; and whether it is not."""
+        due = self.preconditioner.wants_curvature(state.step)
+        estimator, curvature = self.estimator, state.curvature
+
+        def measure(linearization, key, measured):
+            if measured is None:
+                new = lambda: estimator.measure(linearization, key)  # noqa: E731
+                return cond(due, new, lambda: estimator.nothing(curvature))
+            more = lambda: estimator.add(measured, estimator.measure(linearization, key))  # noqa: E731
+            return cond(due, more, lambda: measured)
+
+        arguments = (problem, self.l2, self.micro_batches, key)
+        if self.preconditioner.batch is None:
+            start = None if self.micro_batches == 1 else estimator.nothing(curvature)
+            present, measured = observe(*arguments, estimator.linearize, measure, start)
+        else:
+            present, _ = observe(*arguments, linearize, lambda linearization, key, measured: None, None)
+            part = problem_with(problem, self.preconditioner.batch(problem.batch, state.step))
+            new = lambda: estimator.measure(estimator.linearize(part), key)  # noqa: E731
+            measured = cond(due, new, lambda: estimator.nothing(curvature))
+        fold = lambda: self.preconditioner.fold(state.preconditioner, measured, present.is_good)  # noqa: E731
+        preconditioner, failed = cond(due, fold, lambda: (state.preconditioner, jnp.zeros((), bool)))
+        return present, eqx.tree_at(lambda s: s.preconditioner, state, preconditioner), failed
+
+
+# Enough for a factor of 1e11 by the default adjustments.
+_MAX_TRIALS = 100
 
 
 def _coefficient(name: str, value: Any) -> Coefficient:
-    if isinstance(value, QuadraticModel) or callable(value):
+    if isinstance(value, QuadraticModel | NormConstraint) or callable(value):
         return value
     return scalar(name, value)
-
-
-def _choose(name: str, coefficient: Coefficient, given: ArrayLike | None, step: Counter) -> Scalar | None:
-    """The coefficient's value in this step; `None` if the quadratic model is to choose it."""
-    if given is not None:
-        return scalar(name, given)
-    if isinstance(coefficient, QuadraticModel):
-        return None
-    if callable(coefficient):
-        return scheduled(name, coefficient, step)
-    return coefficient
-
-
-def _is_due(step: Counter, period: int) -> Bool[Array, ""] | bool:
-    return True if period == 1 else step % period == 0
-
-
-def _table(left: tuple[Parameters, ...], right: tuple[Parameters, ...]) -> Float[Array, "k k"]:
-    return jnp.stack([jnp.stack([dot(v, w) for w in right]) for v in left])
-
-
-def _check_state(state: OptimizerState, parameters: Parameters) -> None:
-    """The state must have been made for a model like this one."""
-
-    def shapes(tree):
-        return {key: part.operation.shape() for key, part in parts(tree).items()}
-
-    expected, found = shapes(state.velocity), shapes(parameters)
-    for path in expected | found:
-        if expected.get(path) != found.get(path):
-            was, now = (str(tree[path]) if path in tree else "nothing" for tree in (expected, found))
-            raise ValueError(
-                f"The optimizer's state was made for another model: at `{path}` it has {was}, but the model has {now}. "
-                "Call `optimizer.init(model, batch)` for the changed model (or was `frozen` changed?)."
-            )
-    if jax.tree.structure(state.velocity) != jax.tree.structure(parameters):
-        raise ValueError(
-            "The optimizer's state was made for a model of another structure (other blocks, or static fields). Call "
-            "`optimizer.init(model, batch)` for the changed model."
-        )

@@ -1,5 +1,7 @@
 """The local quadratic model of the objective in the plane of two directions."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -24,12 +26,15 @@ class QuadraticModel(eqx.Module):
     """
 
     source: CurvatureSource
+    batch: Callable | None
 
-    def __init__(self, source: CurvatureSource = ExactGGN()):
+    def __init__(self, source: CurvatureSource = ExactGGN(), *, batch: Callable | None = None):
         """**Arguments:**
 
         - `source`: which matrix C is: [`kfax.ExactGGN`][]`()`; or [`kfax.ExactFisher`][]`()` for losses without a
             generalized Gauss-Newton matrix, such as [`kfax.gaussian_nll`][]; or [`kfax.EmpiricalFisher`][]`()`.
+        - `batch`: `(batch, step) -> batch`, the part of each batch on which C is taken, [`kfax.Fraction`][]`(1 / 4)`
+            for instance, as in the source. All of it, if not given.
 
         **Raises:** `ValueError` for something else, or a source that draws random numbers.
         """
@@ -39,6 +44,7 @@ class QuadraticModel(eqx.Module):
                 f"`kfax.EmpiricalFisher()`, got {source!r}."
             )
         self.source = source
+        self.batch = batch
 
 
 class PlaneModel(eqx.Module):

@@ -1,5 +1,6 @@
 """Vector-space operations on PyTrees of arrays."""
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, PyTree
+from jaxtyping import Array, ArrayLike, Bool, PyTree
 
 from ._types import Scalar
 
@@ -28,6 +29,12 @@ def norm(x: PyTree[Array]) -> Scalar:
     return jnp.sqrt(dot(x, x))
 
 
+def mean(x: PyTree[Array]) -> Scalar:
+    """The mean of all numbers in a PyTree."""
+    sizes = [leaf.size for leaf in jax.tree.leaves(x)]
+    return dot(x, jax.tree.map(jnp.ones_like, x)) / sum(sizes)
+
+
 def combine(coefficients: tuple[ArrayLike, ...], trees: tuple[PyTree[Array], ...]) -> PyTree[Array]:
     """The linear combination of several PyTrees of one structure; each leaf keeps the first tree's dtype."""
 
@@ -38,9 +45,17 @@ def combine(coefficients: tuple[ArrayLike, ...], trees: tuple[PyTree[Array], ...
     return jax.tree.map(leaf, *trees)
 
 
-def select(predicate: Array, on_true: PyTree[Array], on_false: PyTree[Array]) -> PyTree[Array]:
-    """Chooses between two PyTrees of one structure by a scalar predicate; what is not chosen may hold NaNs."""
-    return jax.tree.map(lambda a, b: jnp.where(predicate, a, b), on_true, on_false)
+def select(predicate: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
+    """Chooses the arrays of one of two PyTrees by a scalar predicate; what is not chosen may hold NaNs."""
+    arrays, rest = eqx.partition(on_true, eqx.is_array)
+    others = eqx.filter(on_false, eqx.is_array)
+    return eqx.combine(jax.tree.map(lambda a, b: jnp.where(predicate, a, b), arrays, others), rest)
+
+
+def all_finite(x: PyTree) -> Bool[Array, ""]:
+    """Whether there is neither NaN nor infinity in any floating-point array of `x`."""
+    flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(eqx.filter(x, eqx.is_inexact_array))]
+    return functools.reduce(operator.and_, flags, jnp.ones((), bool))
 
 
 def zeros_like(x: PyTree[Array]) -> PyTree[Array]:

@@ -21,9 +21,13 @@ PACKAGE = ROOT / "kfax"
 HOUSE = [
     ["__init__"],
     # front doors
-    ["_optimizer"],
+    ["_presets"],
+    ["_optimizer", "_optax"],
     # deciding the step
-    ["_damping", "_quadratic", "_l2"],
+    ["_attempt"],
+    ["_step", "_present"],
+    ["_preconditioner", "_passes"],
+    ["_damping", "_quadratic", "_rescale", "_l2"],
     # curvature estimators
     ["_estimators"],
     ["_sources", "_check"],

@@ -388,7 +388,11 @@ def test_batch_norm_in_a_sequence_is_trained_with_its_state(block):
 
     x, y = jax.random.normal(KEYS[1], (16, 4)), jnp.arange(16) % 3
     optimizer = kfax.Optimizer(
-        loss_fn, learning_rate=0.3, momentum=0.0, damping=0.1, estimator=kfax.BlockDiagonalCurvature(kfax.ExactGGN())
+        loss_fn,
+        learning_rate=0.3,
+        momentum=0.0,
+        damping=0.1,
+        preconditioner=kfax.Preconditioner(kfax.BlockDiagonalCurvature(kfax.ExactGGN())),
     )
     clone = lambda s: jax.tree.unflatten(jax.tree.structure(s), jax.tree.leaves(s))  # noqa: E731
     opt_state = optimizer.init(model, (x, y), model_state=clone(state))

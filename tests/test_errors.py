@@ -78,7 +78,7 @@ def test_2_examples_on_another_axis_than_the_mapped_one():
         return kfax.softmax_cross_entropy(jnp.moveaxis(outputs, 1, 0), batch[1])
 
     estimator = kfax.BlockDiagonalCurvature(example_axis="batch")
-    optimizer(named, estimator=estimator).init(model, (x, y))
+    optimizer(named, preconditioner=kfax.Preconditioner(estimator)).init(model, (x, y))
 
 
 @pytest.mark.parametrize(
@@ -210,15 +210,15 @@ def test_10_a_model_changed_after_init(case):
 
 def test_a_random_source_without_a_key(case):
     for source in (kfax.SampledFisher(), kfax.CurvaturePropagation()):
-        k = optimizer(case.loss_fn, estimator=kfax.BlockDiagonalCurvature(source))
+        k = optimizer(case.loss_fn, preconditioner=kfax.Preconditioner(kfax.BlockDiagonalCurvature(source)))
         with pytest.raises(ValueError, match=r"pass `key=jax\.random\.key.*ExactGGN"):
             k.step(case.model, k.init(case.model, case.batch), case.batch)
 
 
 def test_periods_and_decays_out_of_range(case):
     for name in ("inverse_update_period", "curvature_update_period"):
-        with pytest.raises(ValueError, match="at least 1"):
-            optimizer(case.loss_fn, **{name: 0})
+        with pytest.raises(ValueError, match=f"`{name}` must be a whole number, at least 1"):
+            kfax.Preconditioner(**{name: 0})
     with pytest.raises(ValueError, match="`period`.*at least 1"):
         kfax.LevenbergMarquardt(1.0, period=0)
     for make in (lambda v: kfax.LevenbergMarquardt(1.0, decay=v), lambda v: kfax.BlockDiagonalCurvature(decay=v)):
@@ -245,7 +245,7 @@ def test_an_axis_that_has_no_such_name(case):
     def unnamed(model, batch):
         return kfax.softmax_cross_entropy(jax.vmap(model)(batch[0]), batch[1])
 
-    k = optimizer(unnamed, estimator=kfax.BlockDiagonalCurvature(example_axis="batch"))
+    k = optimizer(unnamed, preconditioner=kfax.Preconditioner(kfax.BlockDiagonalCurvature(example_axis="batch")))
     with pytest.raises(ValueError, match=r"no axis is named 'batch'.*leave `example_axis` out"):
         k.init(case.model, case.batch)
 

@@ -540,8 +540,7 @@ def test_the_optimizer_refreshes_an_implicit_estimator_now_and_then():
         learning_rate=0.5,
         momentum=0.0,
         damping=0.1,
-        estimator=kfax.ImplicitExactCurvature(preconditioner=blocks),
-        inverse_update_period=2,
+        preconditioner=kfax.Preconditioner(kfax.ImplicitExactCurvature(preconditioner=blocks), inverse_update_period=2),
     )
     model, state, losses = case.model, optimizer.init(case.model, case.batch), []
     for i in range(4):
@@ -563,7 +562,11 @@ def test_a_newton_step_solves_a_linear_regression(estimator):
     }[estimator]
     case = make_case(mlp(jax.random.key(3), (8, 3)), "squared", num_examples=20)
     optimizer = kfax.Optimizer(
-        case.loss_fn, learning_rate=1.0, momentum=0.0, damping=1e-9, estimator=made, inverse_update_period=1
+        case.loss_fn,
+        learning_rate=1.0,
+        momentum=0.0,
+        damping=1e-9,
+        preconditioner=kfax.Preconditioner(made, inverse_update_period=1),
     )
     state = optimizer.init(case.model, case.batch)
     model = case.model

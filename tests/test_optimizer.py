@@ -15,13 +15,16 @@ from reference import ggn
 import kfax
 
 
+def exact_ggn(period=3, source=kfax.ExactGGN, **options):
+    return kfax.Preconditioner(kfax.BlockDiagonalCurvature(source()), inverse_update_period=period, **options)
+
+
 def adaptive(loss_fn, **options):
     settings = {
         "learning_rate": kfax.QuadraticModel(),
         "momentum": kfax.QuadraticModel(),
         "damping": kfax.LevenbergMarquardt(1.0, period=2),
-        "estimator": kfax.BlockDiagonalCurvature(kfax.ExactGGN()),
-        "inverse_update_period": 3,
+        "preconditioner": exact_ggn(),
         "l2": 1e-3,
     }
     return kfax.Optimizer(loss_fn, **(settings | options))
@@ -44,9 +47,9 @@ KINDS = {
     ),
     "mixed": lambda f, **o: fixed(f, learning_rate=kfax.QuadraticModel(), damping=kfax.LevenbergMarquardt(1.0), **o),
     "amortized": lambda f, **o: fixed(
-        f, curvature_update_period=2, damping=kfax.LevenbergMarquardt(0.1, period=1), **o
+        f, preconditioner=exact_ggn(curvature_update_period=2), damping=kfax.LevenbergMarquardt(0.1, period=1), **o
     ),
-    "random": lambda f, **o: adaptive(f, estimator=kfax.BlockDiagonalCurvature(kfax.SampledFisher()), **o),
+    "random": lambda f, **o: adaptive(f, preconditioner=exact_ggn(source=kfax.SampledFisher), **o),
 }
 
 
@@ -133,7 +136,7 @@ def test_an_ensemble_equals_its_members(kind, model):
 def test_an_ensemble_refreshes_only_when_due():
     """With the counter unmapped the conditions stay conditions, instead of selects over both branches."""
     case = make_case("mlp", "softmax")
-    optimizer = fixed(case.loss_fn, inverse_update_period=3)
+    optimizer = fixed(case.loss_fn)
     models = eqx.filter_vmap(lambda key: kfax.tag(MODELS["mlp"](key, True)))(jax.random.split(jax.random.key(1), 2))
     axes = optimizer.state_axes(eqx.filter_eval_shape(optimizer.init, case.model, case.batch))
     states = eqx.filter_vmap(optimizer.init, in_axes=(eqx.if_array(0), None), out_axes=axes)(models, case.batch)
@@ -211,7 +214,7 @@ def objective(case, l2):
 
 def test_two_directions_reach_the_minimum_of_their_plane():
     case = quadratic_case()
-    optimizer = adaptive(case.loss_fn, damping=1e-12, l2=1e-2, inverse_update_period=1)
+    optimizer = adaptive(case.loss_fn, damping=1e-12, l2=1e-2, preconditioner=exact_ggn(1))
     # λ enters the plane's model; this one is negligible there, and given to the preconditioner at each step.
     value, _ = objective(case, 1e-2)
     model, state = case.model, begin(optimizer, case)
@@ -239,7 +242,14 @@ def test_one_undamped_step_solves_a_regression(use_bias, source):
     if source != "ExactGGN":
         # G is a multiple of the identity whatever is sampled only in the mean: another preconditioner, no solution.
         estimator = kfax.BlockDiagonalCurvature(kfax.SampledFisher(3))
-    optimizer = fixed(case.loss_fn, learning_rate=1.0, momentum=0.0, damping=1e-12, l2=0.0, estimator=estimator)
+    optimizer = fixed(
+        case.loss_fn,
+        learning_rate=1.0,
+        momentum=0.0,
+        damping=1e-12,
+        l2=0.0,
+        preconditioner=kfax.Preconditioner(estimator),
+    )
     state = begin(optimizer, case)
     model, _, info = eqx.filter_jit(optimizer.step)(case.model, state, case.batch, key=jax.random.key(0))
     value, _ = objective(case, 0.0)
@@ -260,7 +270,7 @@ def test_coefficients_minimize_the_damped_model_and_the_ratio_compares(learning_
         momentum=pick(momentum),
         damping=kfax.LevenbergMarquardt(lam, period=1, decay=0.9),
         l2=l2,
-        inverse_update_period=1,
+        preconditioner=exact_ggn(1),
     )
     model, state = case.model, begin(optimizer, case)
     flat, unravel = ravel_pytree(parameters(model))
@@ -311,7 +321,7 @@ def test_coefficients_minimize_the_damped_model_and_the_ratio_compares(learning_
 def test_fixed_coefficients_follow_the_formula():
     case = quadratic_case()
     l2 = 1e-2
-    optimizer = fixed(case.loss_fn, l2=l2, inverse_update_period=1)
+    optimizer = fixed(case.loss_fn, l2=l2, preconditioner=exact_ggn(1))
     value, flat = objective(case, l2)
     _, unravel = ravel_pytree(parameters(case.model))
     model, state = case.model, begin(optimizer, case)
@@ -339,7 +349,7 @@ def test_levenberg_marquardt_moves_as_the_paper_says():
 
 def test_inverses_change_only_when_due():
     case = make_case("mlp", "softmax")
-    optimizer = fixed(case.loss_fn, inverse_update_period=3, curvature_update_period=2)
+    optimizer = fixed(case.loss_fn, preconditioner=exact_ggn(curvature_update_period=2))
     model, state = case.model, begin(optimizer, case)
     for i in range(7):
         previous = state.curvature

@@ -12,6 +12,7 @@ from .product import (
     check_inversion as check_inversion,
     Cholesky as Cholesky,
     Eigh as Eigh,
+    immovable as immovable,
     Inverse as Inverse,
     Inversion as Inversion,
     Product as Product,

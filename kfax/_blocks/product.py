@@ -3,6 +3,7 @@
 import abc
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
@@ -178,7 +179,8 @@ class Cholesky(Inversion):
 
     For a block of two factors damping is *factored*: `(L + √λ/π I) ⊗ (R + π√λ I)` with
     `π² = (tr R / n) / (tr L / m)` stands in for `L ⊗ R + λI`. For all others it is exact. A new λ takes effect with the
-    next refresh.
+    next refresh. So that a singular matrix of n rows can be inverted at any λ, at least `8 n ε` times its mean
+    eigenvalue is added to it, with ε the relative precision of the numbers: in float32 1e-3 for n = 1000.
 
     ??? cite "Source"
         Martens & Grosse 2015, arXiv:1503.05671, section 6.3.
@@ -227,6 +229,11 @@ class Eigh(Inversion):
     @property
     def num_products(self) -> int:
         return 2
+
+
+def immovable(inverse: Inverse) -> Inverse:
+    """One of the same structure that maps everything to zero: what stands for an inverse before there is any."""
+    return jax.tree.map(jnp.zeros_like, inverse).redamp(jnp.full((), jnp.inf))
 
 
 def check_inversion(inversion: Inversion) -> Inversion:

@@ -1,4 +1,4 @@
-from .base import CurvatureEstimator as CurvatureEstimator
+from .base import CurvatureEstimator as CurvatureEstimator, total_weight as total_weight
 from .block_diagonal import (
     BlockDiagonalCurvature as BlockDiagonalCurvature,
     BlockDiagonalState as BlockDiagonalState,
@@ -9,6 +9,7 @@ from .explicit_exact import (
     ExplicitExactState as ExplicitExactState,
 )
 from .implicit_exact import (
+    ImplicitExactBatch as ImplicitExactBatch,
     ImplicitExactCurvature as ImplicitExactCurvature,
     ImplicitExactState as ImplicitExactState,
 )

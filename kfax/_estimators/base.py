@@ -1,21 +1,19 @@
 """What every estimator of a model's curvature can be asked."""
 
 import abc
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .._capture import Linearization, Problem
-from .._layers import from_matrices, to_matrices
 from .._losses import Loss
-from .._scalars import nonnegative
 from .._sources import CurvatureSource
 from .._types import Model, Parameters, PRNGKey, Scalar, Where
+from .damping import wide
 from .eigendecomposition import Eigendecomposition
 
 
@@ -41,11 +39,15 @@ class CurvatureEstimator(eqx.Module):
 
     @abc.abstractmethod
     def linearize(self, problem: Problem) -> Linearization:
-        """Runs the model on a batch such that its gradient, and by `fold` its curvature, can be had from it."""
+        """Runs the model on a batch such that its gradient, and by `measure` its curvature, can be had from it."""
 
     @abc.abstractmethod
-    def fold(self, state: Any, linearization: Linearization, key: PRNGKey | None) -> Any:
-        """Takes a linearized batch into the estimate."""
+    def measure(self, linearization: Linearization, key: PRNGKey | None) -> Any:
+        """The curvature of a linearized batch, as `fold` takes it in."""
+
+    @abc.abstractmethod
+    def fold(self, state: Any, measured: Any) -> Any:
+        """Takes what was measured on a batch into the estimate."""
 
     def update(
         self,
@@ -74,7 +76,15 @@ class CurvatureEstimator(eqx.Module):
         """
         model_key, source_key = (None, None) if key is None else jax.random.split(key)
         problem = Problem(loss_fn, model, batch, model_key, model_state, frozen)
-        return self.fold(state, self.linearize(problem), source_key)
+        return self.fold(state, self.measure(self.linearize(problem), source_key))
+
+    @abc.abstractmethod
+    def nothing(self, state: Any) -> Any:
+        """What is measured on no example, the zero of `add`."""
+
+    @abc.abstractmethod
+    def add(self, measured: Any, more: Any) -> Any:
+        """What is measured on the examples of two batches together, each with its weight."""
 
     # -- what is costly --
 
@@ -85,6 +95,19 @@ class CurvatureEstimator(eqx.Module):
     @abc.abstractmethod
     def redamp(self, state: Any, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]) -> Any:
         """Gives `solve` another damping, for those blocks for which that takes no refresh; others keep theirs."""
+
+    @abc.abstractmethod
+    def keep_finite(self, state: Any, previous: Any) -> tuple[Any, Bool[Array, ""]]:
+        """Undoes, after a refresh, what of it failed.
+
+        **Arguments:**
+
+        - `state`: after the refresh.
+        - `previous`: before it.
+
+        **Returns:** the state, with those inverses that are not finite, or of nothing, as they were in `previous`; and
+        whether there were any.
+        """
 
     @abc.abstractmethod
     def decompose(self, state: Any, parameters: Parameters) -> Eigendecomposition:
@@ -102,7 +125,7 @@ class CurvatureEstimator(eqx.Module):
 
     @abc.abstractmethod
     def solve(self, state: Any, vector: Parameters) -> Parameters:
-        """`(C + λI)⁻¹ v`, with C and λ as of the last refresh."""
+        """`(C + λI)⁻¹ v`, with C and λ as of the last refresh; zeros before the first one."""
 
     @abc.abstractmethod
     def multiply(self, state: Any, vector: Parameters) -> Parameters:
@@ -150,31 +173,6 @@ def check_source(source: CurvatureSource) -> CurvatureSource:
     if not isinstance(source, CurvatureSource):
         raise ValueError(f"`source` must be a curvature source, such as `kfax.ExactGGN()`, got {source!r}.")
     return source
-
-
-def damping_by_parameter(parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]) -> Parameters:
-    """λ of every parameter, in at least float32."""
-    parameters = wide(parameters)
-    if isinstance(damping, Mapping):
-        matrices = to_matrices(parameters)
-        dampings = damping_by_key(tuple(matrices), damping)
-        return from_matrices(parameters, {k: jnp.full_like(m, dampings[k]) for k, m in matrices.items()})
-    by = nonnegative("damping", damping)
-    return jax.tree.map(lambda leaf: jnp.full_like(leaf, by), parameters)
-
-
-def damping_by_key(keys: Collection[str], damping: ArrayLike | Mapping[str, ArrayLike]) -> dict[str, Scalar]:
-    """λ of every block."""
-    if not isinstance(damping, Mapping):
-        return dict.fromkeys(keys, nonnegative("damping", damping))
-    if set(damping) != set(keys):
-        raise ValueError(f"`damping` must be a number, or have one for each of {list(keys)}, got {list(damping)}.")
-    return {key: nonnegative("damping", damping[key]) for key in keys}
-
-
-def wide(vector: Parameters) -> Parameters:
-    """In at least float32."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), vector)
 
 
 def narrow(vector: Parameters, like: Parameters) -> Parameters:

@@ -1,6 +1,6 @@
 """Curvature that ignores what happens between layers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -8,26 +8,26 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from .. import _linalg as linalg
-from .._blocks import Inverse
+from .._blocks import immovable, Inverse
 from .._capture import Linearization, linearize, Problem, Reading
 from .._ema import MovingAverage
 from .._layers import from_matrices, Part, parts, to_matrices
 from .._registry import split_parameters
 from .._scalars import within_unit
 from .._sources import CurvaturePropagation, CurvatureSource
+from .._tree import all_finite, select
 from .._types import Model, Parameters, PRNGKey, Scalar, Where
 from .base import (
     check_source,
     CurvatureEstimator,
-    damping_by_key,
-    damping_by_parameter,
     inverse_of,
     operator_of,
     total_weight,
 )
+from .damping import damping_by_key, damping_by_parameter
 from .eigendecomposition import BlockEigendecomposition
 from .products import VECTORS
 
@@ -85,29 +85,46 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         parameters, _ = split_parameters(model, frozen)
         blocks = {key: part.block.init(part.operation.shape()) for key, part in parts(parameters).items()}
         average = MovingAverage.zeros({key: block.statistics for key, block in blocks.items()})
-        return BlockDiagonalState(average, {key: block.inverse for key, block in blocks.items()})
+        return BlockDiagonalState(average, {key: immovable(block.inverse) for key, block in blocks.items()})
 
     def linearize(self, problem: Problem) -> Linearization:
         return linearize(problem, _read_statistics, example_axis=self.example_axis)
 
-    def fold(self, state: BlockDiagonalState, linearization: Linearization, key: PRNGKey | None) -> BlockDiagonalState:
-        new = self._statistics(linearization, _parts(state, linearization.problem.parameters), key)
-        average = state.average.update(new, self.decay, total_weight(linearization.losses))
+    def measure(self, linearization: Linearization, key: PRNGKey | None) -> MovingAverage:
+        found = parts(linearization.problem.parameters)
+        return MovingAverage(self._statistics(linearization, found, key), total_weight(linearization.losses))
+
+    def fold(self, state: BlockDiagonalState, measured: MovingAverage) -> BlockDiagonalState:
+        _check_keys(state, measured.value)
+        average = state.average.update(measured.value, self.decay, measured.weight)
         return BlockDiagonalState(average, state.inverses)
 
+    def nothing(self, state: BlockDiagonalState) -> MovingAverage:
+        return MovingAverage.zeros(state.average.value)
+
+    def add(self, measured: MovingAverage, more: MovingAverage) -> MovingAverage:
+        return measured.update(more.value, jnp.ones(()), more.weight)
+
     def refresh(
-        self, state: BlockDiagonalState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
+        self,
+        state: BlockDiagonalState,
+        parameters: Parameters,
+        damping: ArrayLike | Mapping[str, ArrayLike],
+        only: Collection[str] | None = None,
     ) -> BlockDiagonalState:
         """**Arguments:**
 
         - `state`: with the statistics to be used.
         - `parameters`: any PyTree like the parameters; its values are not used.
         - `damping`: λ, or one for each block by key. [loss/param²]
+        - `only`: keys of the blocks to be refreshed; all if not given.
 
         **Returns:** the state with new inverses. Matrices of one size, of whatever layers, are inverted in one call.
         """
         found, dampings = _by_key(state, parameters, damping)
-        values, refreshed = state.average.value, {}
+        values, refreshed = state.average.value, dict(state.inverses)
+        if only is not None:
+            found = {key: found[key] for key in only}
         previous: PyTree = values  # a loss may have called LAPACK for them
         for function, diagonalizes in ((linalg.psd_inverse, False), (linalg.eigh, True)):
             chosen = {k: p for k, p in found.items() if p.block.diagonalizes is diagonalizes}
@@ -119,7 +136,28 @@ class BlockDiagonalCurvature(CurvatureEstimator):
                 refreshed[k] = part.block.refresh(part.operation.shape(), mine, dampings[k], results[k])
                 previous = previous if matrices[k] else refreshed[k]
             previous = (previous, results)
-        return BlockDiagonalState(state.average, {key: refreshed[key] for key in found})
+        return BlockDiagonalState(state.average, refreshed)
+
+    def refresh_flops(self, parameters: Parameters) -> dict[str, int]:
+        """What a refresh costs, by key of the block.
+
+        **Arguments:**
+
+        - `parameters`: any PyTree like the parameters.
+
+        **Returns:** floating-point operations, to leading order.
+        """
+        return {key: part.block.refresh_flops(part.operation.shape()) for key, part in parts(parameters).items()}
+
+    def keep_finite(
+        self, state: BlockDiagonalState, previous: BlockDiagonalState
+    ) -> tuple[BlockDiagonalState, Bool[Array, ""]]:
+        inverses, failed = {}, jnp.zeros((), bool)
+        for key, new in state.inverses.items():
+            finite = all_finite(new) & (state.average.weight > 0)
+            inverses[key] = select(finite, new, previous.inverses[key])
+            failed |= ~finite
+        return BlockDiagonalState(state.average, inverses), failed
 
     def redamp(
         self, state: BlockDiagonalState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
@@ -236,9 +274,13 @@ def _read_statistics(part: Part, num_examples: int) -> Reading:
 def _parts(state: BlockDiagonalState, vector: Parameters) -> dict[str, Part]:
     """The parts of a vector, which must be those of the state."""
     found = parts(vector)
+    _check_keys(state, found)
+    return found
+
+
+def _check_keys(state: BlockDiagonalState, found: Collection[str]) -> None:
     if set(found) != set(state.inverses):
         raise ValueError(f"A vector has the blocks {list(found)}, the state {list(state.inverses)}. {VECTORS}")
-    return found
 
 
 def _by_key(

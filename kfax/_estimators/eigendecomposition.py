@@ -1,6 +1,7 @@
 """The eigendecomposition of a whole model's curvature."""
 
 import abc
+from collections.abc import Mapping
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Float
 from .._blocks import Spectrum
 from .._layers import from_matrices, to_matrices
 from .._types import Parameters, Scalar
+from .damping import damping_by_key
 
 
 class Eigendecomposition(eqx.Module):
@@ -33,7 +35,9 @@ class Eigendecomposition(eqx.Module):
     def join(self, like: Parameters, blocks: dict[str, Float[Array, "..."]]) -> Parameters:
         """The inverse of `split`."""
 
-    def power(self, vector: Parameters, exponent: ArrayLike, damping: ArrayLike = 0.0) -> Parameters:
+    def power(
+        self, vector: Parameters, exponent: ArrayLike, damping: ArrayLike | Mapping[str, ArrayLike] = 0.0
+    ) -> Parameters:
         """`(C + λI)^p v`.
 
         **Arguments:**
@@ -41,12 +45,13 @@ class Eigendecomposition(eqx.Module):
         - `vector`: v, a PyTree like the parameters.
         - `exponent`: p, any real number. -1 solves; with standard normal v, -1/2 draws from the normal distribution
             with covariance `(C + λI)⁻¹`.
-        - `damping`: λ. For a negative p it must be positive wherever C is singular. [loss/param²]
+        - `damping`: λ, or one for each block by key. For a negative p it must be positive wherever C is singular.
+            [loss/param²]
 
         **Returns:** a PyTree like the parameters.
         """
-        parts = self.split(vector)
-        return self.join(vector, {k: self.spectra[k].power(parts[k], exponent, damping) for k in parts})
+        parts, dampings = self.split(vector), damping_by_key(tuple(self.spectra), damping)
+        return self.join(vector, {k: self.spectra[k].power(parts[k], exponent, dampings[k]) for k in parts})
 
     def diagonal(self, like: Parameters, exponent: ArrayLike = 1, damping: ArrayLike = 0.0) -> Parameters:
         """The diagonal of `(C + λI)^p`.

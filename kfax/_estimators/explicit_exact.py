@@ -7,19 +7,21 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .. import _linalg as linalg
-from .._blocks import check_inversion, Cholesky, Inverse, Inversion, Product
+from .._blocks import check_inversion, Cholesky, immovable, Inverse, Inversion, Product
 from .._capture import Linearization, linearize, Problem
 from .._ema import MovingAverage
 from .._registry import parameters_of
 from .._scalars import within_unit
 from .._sources import CurvatureSource, ExactGGN
+from .._tree import all_finite, select
 from .._types import Model, Parameters, PRNGKey, Scalar, Where
-from .base import CurvatureEstimator, damping_by_parameter, inverse_of, operator_of, total_weight
+from .base import CurvatureEstimator, inverse_of, operator_of, total_weight
+from .damping import damping_by_parameter
 from .eigendecomposition import DenseEigendecomposition
-from .products import check_layout, check_matrix, dense, Hessian, Layout, layout_of, linear_map
+from .products import check_layout, check_matrix, compare_layouts, dense, Hessian, Layout, layout_of, linear_map
 
 
 class ExplicitExactState(eqx.Module):
@@ -34,6 +36,13 @@ class ExplicitExactState(eqx.Module):
 
     average: MovingAverage
     inverse: Inverse
+    layout: Layout = eqx.field(static=True)
+
+
+class ExplicitExactBatch(eqx.Module):
+    """The matrix of one batch, and whose it is."""
+
+    average: MovingAverage
     layout: Layout = eqx.field(static=True)
 
 
@@ -98,18 +107,28 @@ class ExplicitExactCurvature(CurvatureEstimator):
         eye = jnp.eye(flat.size, dtype=matrix.dtype)
         result = (jnp.zeros_like(matrix[0]), eye) if self.inversion.diagonalizes else eye
         inverse = self.inversion.finish(self._product(matrix), jnp.ones(()), (result,))
-        return ExplicitExactState(MovingAverage.zeros(matrix), inverse, layout_of(parameters))
+        return ExplicitExactState(MovingAverage.zeros(matrix), immovable(inverse), layout_of(parameters))
 
     def linearize(self, problem: Problem) -> Linearization:
         return linearize(problem)
 
-    def fold(self, state: ExplicitExactState, linearization: Linearization, key: PRNGKey | None) -> ExplicitExactState:
-        problem = linearization.problem
-        check_layout(problem.parameters, state.layout)
-        matrix = dense(linear_map(self.source, problem, key), problem.parameters)
-        matrix = matrix.astype(state.average.value.dtype)
-        average = state.average.update(matrix, self.decay, total_weight(linearization.losses))
+    def measure(self, linearization: Linearization, key: PRNGKey | None) -> ExplicitExactBatch:
+        parameters = linearization.problem.parameters
+        matrix = dense(linear_map(self.source, linearization.problem, key), parameters)
+        matrix = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+        return ExplicitExactBatch(MovingAverage(matrix, total_weight(linearization.losses)), layout_of(parameters))
+
+    def fold(self, state: ExplicitExactState, measured: ExplicitExactBatch) -> ExplicitExactState:
+        compare_layouts(measured.layout, state.layout)
+        average = state.average.update(measured.average.value, self.decay, measured.average.weight)
         return ExplicitExactState(average, state.inverse, state.layout)
+
+    def nothing(self, state: ExplicitExactState) -> ExplicitExactBatch:
+        return ExplicitExactBatch(MovingAverage.zeros(state.average.value), state.layout)
+
+    def add(self, measured: ExplicitExactBatch, more: ExplicitExactBatch) -> ExplicitExactBatch:
+        average = measured.average.update(more.average.value, jnp.ones(()), more.average.weight)
+        return ExplicitExactBatch(average, measured.layout)
 
     def refresh(
         self, state: ExplicitExactState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
@@ -130,6 +149,13 @@ class ExplicitExactCurvature(CurvatureEstimator):
         function = linalg.eigh if self.inversion.diagonalizes else linalg.psd_inverse
         results = linalg.by_size(function, self.inversion.matrices(product, common))
         return ExplicitExactState(state.average, self.inversion.finish(product, common, tuple(results)), state.layout)
+
+    def keep_finite(
+        self, state: ExplicitExactState, previous: ExplicitExactState
+    ) -> tuple[ExplicitExactState, Bool[Array, ""]]:
+        finite = all_finite(state.inverse) & (state.average.weight > 0)
+        inverse = select(finite, state.inverse, previous.inverse)
+        return ExplicitExactState(state.average, inverse, state.layout), ~finite
 
     def redamp(
         self, state: ExplicitExactState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]

@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .._capture import Cotangents, Linearization, linearize, linearize_outputs, Outputs, Problem
 from .._registry import parameters_of
 from .._sources import CurvatureSource, ExactGGN
 from .._tree import combine, dot, norm, zeros_like
 from .._types import Model, Parameters, PRNGKey, Where
-from .base import CurvatureEstimator, damping_by_parameter, inverse_of, narrow, operator_of, wide
+from .base import CurvatureEstimator, inverse_of, narrow, operator_of
+from .damping import damping_by_parameter, wide
 from .eigendecomposition import Eigendecomposition
 from .products import check_matrix, dense, Hessian, linear_map
 
@@ -35,6 +36,14 @@ class ImplicitExactState(eqx.Module):
     problem: Problem | None
     key: PRNGKey | None
     damping: Parameters
+    preconditioner: Any
+
+
+class ImplicitExactBatch(eqx.Module):
+    """A batch for an `ImplicitExactCurvature`, and what its preconditioner measured on it."""
+
+    problem: Problem
+    key: PRNGKey | None
     preconditioner: Any
 
 
@@ -103,11 +112,21 @@ class ImplicitExactCurvature(CurvatureEstimator):
     def linearize(self, problem: Problem) -> Linearization:
         return linearize(problem) if self.preconditioner is None else self.preconditioner.linearize(problem)
 
-    def fold(self, state: ImplicitExactState, linearization: Linearization, key: PRNGKey | None) -> ImplicitExactState:
+    def measure(self, linearization: Linearization, key: PRNGKey | None) -> ImplicitExactBatch:
+        inner = None if self.preconditioner is None else self.preconditioner.measure(linearization, key)
+        return ImplicitExactBatch(linearization.problem, key, inner)
+
+    def fold(self, state: ImplicitExactState, measured: ImplicitExactBatch) -> ImplicitExactState:
         inner = state.preconditioner
         if self.preconditioner is not None:
-            inner = self.preconditioner.fold(inner, linearization, key)
-        return ImplicitExactState(linearization.problem, key, state.damping, inner)
+            inner = self.preconditioner.fold(inner, measured.preconditioner)
+        return ImplicitExactState(measured.problem, measured.key, state.damping, inner)
+
+    def nothing(self, state: ImplicitExactState) -> ImplicitExactBatch:
+        raise ValueError(_ONE_BATCH)
+
+    def add(self, measured: ImplicitExactBatch, more: ImplicitExactBatch) -> ImplicitExactBatch:
+        raise ValueError(_ONE_BATCH)
 
     def refresh(
         self, state: ImplicitExactState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
@@ -124,6 +143,14 @@ class ImplicitExactCurvature(CurvatureEstimator):
         if self.preconditioner is not None:
             inner = self.preconditioner.refresh(inner, parameters, damping)
         return ImplicitExactState(state.problem, state.key, damping_by_parameter(parameters, damping), inner)
+
+    def keep_finite(
+        self, state: ImplicitExactState, previous: ImplicitExactState
+    ) -> tuple[ImplicitExactState, Bool[Array, ""]]:
+        if self.preconditioner is None:
+            return state, jnp.zeros((), bool)
+        inner, failed = self.preconditioner.keep_finite(state.preconditioner, previous.preconditioner)
+        return ImplicitExactState(state.problem, state.key, state.damping, inner), failed
 
     def redamp(
         self, state: ImplicitExactState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
@@ -339,6 +366,12 @@ def _undamp(damping: Parameters) -> lx.AbstractLinearOperator:
         return jax.tree.map(lambda v, by: v / jnp.where(by > 0, by, 1), vector, damping)
 
     return inverse_of(divide, damping)
+
+
+_ONE_BATCH = (
+    "`ImplicitExactCurvature` holds its batch itself, which cannot be several. Use the sum of several operators "
+    "(`as_operator`), or `kfax.ExplicitExactCurvature`, or `kfax.BlockDiagonalCurvature`."
+)
 
 
 _NOT_CONVERGED = (

@@ -72,7 +72,11 @@ def layout_of(vector: Parameters) -> Layout:
 
 
 def check_layout(vector: Parameters, layout: Layout) -> None:
-    if layout_of(vector) != layout:
+    compare_layouts(layout_of(vector), layout)
+
+
+def compare_layouts(found: Layout, expected: Layout) -> None:
+    if found != expected:
         raise ValueError(f"A vector has not the structure and shapes of the parameters. {VECTORS}")
 
 

@@ -1,0 +1,156 @@
+"""The preconditioner as a gradient transformation of optax."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import ArrayLike
+
+from ._capture import Problem
+from ._damping import as_damping_rule, DampingRule, LevenbergMarquardt, RelativeDamping, rule_of
+from ._preconditioner import Preconditioner, PreconditionerState
+from ._present import problem_with
+from ._rescale import limit
+from ._scalars import positive, scheduled
+from ._tree import all_finite, combine, cond, dot, select, zeros_like
+from ._types import Counter, Model, Parameters, PRNGKey, Scalar, Schedule, Where
+
+
+class ScaleByCurvatureState(eqx.Module):
+    """The state of [`kfax.scale_by_curvature`][].
+
+    **Fields:**
+
+    - `step`: how many updates were made.
+    - `preconditioner`: the state of the estimator, with its inverses.
+    """
+
+    step: Counter
+    preconditioner: PreconditionerState
+
+
+def scale_by_curvature(
+    loss_fn: Callable,
+    *,
+    damping: ArrayLike | Schedule | DampingRule | RelativeDamping,
+    preconditioner: Preconditioner | None = None,
+    norm_constraint: ArrayLike | Schedule | None = None,
+    frozen: Where | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies gradients by the inverse curvature, $(\hat C + \lambda I)^{-1} \nabla h$: a link for `optax.chain`.
+
+    For those who have a training loop with optax. Momentum, learning rate, weight decay, clipping and averages are the
+    other links'. `update` takes, beside the gradients, what the curvature is taken of:
+
+        updates, state = optim.update(gradients, state, params, model=model, batch=batch, key=key)
+
+    with the tagged `model`, the `batch` as `loss_fn` takes it, and if needed `key` and `model_state`. It runs the model
+    on the batch once more, forward and backward; a `preconditioner` with an update period or a part of the batch makes
+    that cheaper. What only [`kfax.Optimizer`][] can do, since it looks at the loss: the quadratic model,
+    Levenberg-Marquardt damping, rejection.
+
+    If gradients or statistics are not finite the state stays as it was, and the updates are zero.
+
+    **Arguments:**
+
+    - `loss_fn`: as for [`kfax.Optimizer`][].
+    - `damping`: λ, a number, a schedule or a [`kfax.RelativeDamping`][]. L2, if there is any, belongs in it.
+        [loss/param²]
+    - `preconditioner`: which curvature is inverted, and how often; [`kfax.Preconditioner`][]`()` if not given.
+    - `norm_constraint`: κ: updates u are shortened so that `uᵀ(Ĉ + λI)u` is at most κ, a number or a schedule. With a
+        learning rate α in a later link it bounds the step by α²κ. None if not given. [loss]
+    - `frozen`: as in [`kfax.tag`][]; what is frozen has updates of zero.
+
+    **Returns:** an `optax.GradientTransformationExtraArgs`. Its `init` takes the parameters, as usual
+    `equinox.filter(model, equinox.is_inexact_array)`.
+
+    **Raises:** `ValueError` for values out of their range, and for a damping that would have to see the loss.
+    """
+    damping = damping if isinstance(damping, RelativeDamping) else as_damping_rule(damping)
+    if isinstance(rule_of(damping), LevenbergMarquardt):
+        raise ValueError(
+            "`kfax.LevenbergMarquardt` has to see the loss after each step, which optax does not offer: use it with "
+            "`kfax.Optimizer`, or give `scale_by_curvature` a number, a schedule or `kfax.RelativeDamping`."
+        )
+    link = _Link(
+        loss_fn=loss_fn,
+        damping=damping,
+        preconditioner=Preconditioner() if preconditioner is None else preconditioner,
+        bound=_bound(norm_constraint),
+        frozen=frozen,
+    )
+    return optax.GradientTransformationExtraArgs(link.init, link.update)
+
+
+class _Link(eqx.Module):
+    """The two functions of the transformation."""
+
+    loss_fn: Callable
+    damping: DampingRule | RelativeDamping
+    preconditioner: Preconditioner
+    bound: Scalar | Schedule | None
+    frozen: Where | None
+
+    def init(self, params: Parameters) -> Any:
+        parameters = Problem(self.loss_fn, params, None, frozen=self.frozen).parameters
+        state = self.preconditioner.init(params, parameters, self.frozen)
+        return ScaleByCurvatureState(jnp.zeros((), jnp.int32), state)
+
+    def update(
+        self,
+        updates: Parameters,
+        state: Any,
+        params: Parameters = None,
+        *,
+        model: Model = None,
+        batch: Any = None,
+        key: PRNGKey | None = None,
+        model_state: Any = None,
+        **others: Any,
+    ) -> tuple[Any, Any]:
+        del params, others
+        if model is None:
+            raise ValueError(
+                "`kfax.scale_by_curvature` needs to see model and batch: call "
+                "`optim.update(gradients, state, params, model=model, batch=batch)`."
+            )
+        loss_key, source_key = (None, None) if key is None else jax.random.split(key)
+        problem = Problem(self.loss_fn, model, batch, loss_key, model_state, self.frozen)
+        parameters, step = problem.parameters, state.step
+        gradient = _restrict(updates, parameters)
+        is_good = all_finite(gradient)
+        preconditioner = self._take_in(problem, state, source_key, is_good)
+        number = rule_of(self.damping).value(rule_of(self.damping).init(), step)
+        _, damping = self.preconditioner.dampings(self.damping, number, preconditioner, parameters, step)
+        refreshed, _ = self.preconditioner.maybe_refresh(preconditioner, parameters, damping, step, False)
+        preconditioner = select(is_good, refreshed, preconditioner)
+        solved = self.preconditioner.apply(preconditioner, gradient, damping)
+        if self.bound is not None:
+            bound = scheduled("norm_constraint", self.bound, step) if callable(self.bound) else self.bound
+            solved = combine((limit(jnp.ones(()), dot(gradient, solved), bound),), (solved,))
+        solved = select(is_good & all_finite(solved), solved, zeros_like(gradient))
+        return eqx.combine(solved, zeros_like(updates)), ScaleByCurvatureState(step + 1, preconditioner)
+
+    def _take_in(self, problem: Problem, state: ScaleByCurvatureState, key: PRNGKey | None, is_good: Any) -> Any:
+        """The preconditioner's state with the statistics of the batch, if they are due."""
+        preconditioner, estimator = self.preconditioner, self.preconditioner.estimator
+        if preconditioner.batch is not None:
+            problem = problem_with(problem, preconditioner.batch(problem.batch, state.step))
+
+        def fold():
+            measured = estimator.measure(estimator.linearize(problem), key)
+            return preconditioner.fold(state.preconditioner, measured, is_good)[0]
+
+        return cond(preconditioner.wants_curvature(state.step), fold, lambda: state.preconditioner)
+
+
+def _restrict(tree: Parameters, like: Parameters) -> Parameters:
+    """The leaves of a PyTree where another one has leaves."""
+    return jax.tree.map(lambda x, leaf: None if x is None else leaf, like, tree, is_leaf=lambda x: x is None)
+
+
+def _bound(value: Any) -> Scalar | Schedule | None:
+    return value if value is None or callable(value) else positive("norm_constraint", value)

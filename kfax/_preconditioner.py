@@ -1,0 +1,236 @@
+"""The inverse curvature that gradients are multiplied by, and when its costly parts are computed anew."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool
+
+from ._blocks import Spectrum
+from ._damping import as_damping_rule, DampingMultiple, DampingRule, RelativeDamping
+from ._estimators import BlockDiagonalCurvature, CurvatureEstimator, Eigendecomposition, ImplicitExactCurvature
+from ._tree import all_finite, cond, mean, select
+from ._types import Counter, Model, Parameters, Scalar, Schedule, Where
+
+
+class Staggered(eqx.Module):
+    """Spreads the refresh over the steps of a period: each step refreshes some of the blocks, for about equal cost.
+
+    As much is computed as by a refresh of everything once in a period, but no step takes longer than others. The first
+    step refreshes everything. The compiled program has every factorization twice.
+
+    **Fields:**
+
+    - `period`: the number of steps in which every block has its turn.
+    """
+
+    period: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        check_period("period", self.period)
+
+
+class PreconditionerState(eqx.Module):
+    """What a preconditioner keeps between steps.
+
+    **Fields:**
+
+    - `curvature`: the state of the estimator, with its inverses.
+    - `eigendecomposition`: for a power other than -1; otherwise `None`.
+    """
+
+    curvature: Any
+    eigendecomposition: Eigendecomposition | None
+
+
+class Preconditioner(eqx.Module):
+    r"""The inverse curvature that gradients are multiplied by, $(\hat C + \lambda I)^{-1}$, and when it is renewed.
+
+    Its parts have different costs, and change at different rates: the statistics with every batch, the inverses that
+    are computed from them once in a while.
+    """
+
+    estimator: CurvatureEstimator
+    damping: DampingRule
+    batch: Callable | None
+    exponent: float = eqx.field(static=True)
+    inverse_update_period: int | Staggered = eqx.field(static=True)
+    curvature_update_period: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        estimator: CurvatureEstimator | None = None,
+        *,
+        inverse_update_period: int | Staggered = 5,
+        curvature_update_period: int = 1,
+        batch: Callable | None = None,
+        damping: ArrayLike | Schedule | DampingRule | None = None,
+        exponent: float = -1.0,
+    ):
+        """**Arguments:**
+
+        - `estimator`: of the curvature; [`kfax.BlockDiagonalCurvature`][]`()` if not given.
+        - `inverse_update_period`: how many steps between refreshes of the inverse, the costly part; or
+            [`kfax.Staggered`][]`(period)` to spread them over the steps.
+        - `curvature_update_period`: how many steps between updates of the statistics.
+        - `batch`: `(batch, step) -> batch`, the part of each batch that statistics are taken of, such as
+            [`kfax.Fraction`][]`(1 / 8)`. It is run through the model apart from the rest. All of it, if not given.
+        - `damping`: of the preconditioner, if it is not to be that of the optimizer: a number, a schedule, or a
+            [`kfax.DampingMultiple`][] of it. [loss/param²]
+        - `exponent`: from -1, the inverse, to 0. Any but -1, such as -1/2, is taken in an eigenbasis, with the damping
+            added to the eigenvalues whatever `inversion` a block has.
+
+        **Raises:** `ValueError` for values out of their range.
+        """
+        # Not as defaults of arguments: importing must not make arrays.
+        estimator = BlockDiagonalCurvature() if estimator is None else estimator
+        if not isinstance(estimator, CurvatureEstimator):
+            raise ValueError(f"`estimator` must be a curvature estimator, got {estimator!r}.")
+        if isinstance(exponent, bool) or not (isinstance(exponent, int | float) and -1 <= exponent < 0):
+            raise ValueError(f"`exponent` must be a number from -1 to 0, such as -1 or -1/2, got {exponent!r}.")
+        check_period("curvature_update_period", curvature_update_period)
+        if isinstance(inverse_update_period, Staggered):
+            if not isinstance(estimator, BlockDiagonalCurvature) or exponent != -1:
+                raise ValueError(
+                    "`kfax.Staggered` refreshes block by block, which takes `kfax.BlockDiagonalCurvature` and an "
+                    "`exponent` of -1. Otherwise give `inverse_update_period` a number."
+                )
+        else:
+            check_period("inverse_update_period", inverse_update_period)
+        if isinstance(estimator, ImplicitExactCurvature) and curvature_update_period != 1:
+            raise ValueError(
+                "`kfax.ImplicitExactCurvature` is that of the present batch: its `curvature_update_period` must be 1."
+            )
+        self.estimator = estimator
+        self.damping = DampingMultiple(1.0) if damping is None else as_damping_rule(damping)
+        self.batch = batch
+        self.exponent = float(exponent)
+        self.inverse_update_period = inverse_update_period
+        self.curvature_update_period = curvature_update_period
+
+    def init(self, model: Model, parameters: Parameters, frozen: Where | None) -> PreconditionerState:
+        curvature = self.estimator.init(model, frozen=frozen)
+        if self.exponent == -1:
+            return PreconditionerState(curvature, None)
+        shapes = eqx.filter_eval_shape(self.estimator.decompose, curvature, parameters)
+        return PreconditionerState(curvature, _immovable(shapes))
+
+    def dampings(
+        self,
+        damping: DampingRule | RelativeDamping,
+        number: Scalar,
+        state: PreconditionerState,
+        parameters: Parameters,
+        step: Counter,
+    ) -> tuple[Scalar, Scalar]:
+        """λ, where a rule says a number; and that of the preconditioner."""
+        if isinstance(damping, RelativeDamping):
+            number = number * mean(self.estimator.diagonal(state.curvature, parameters))
+        return number, self.damping.value(number, step)
+
+    def wants_curvature(self, step: Counter) -> Bool[Array, ""] | bool:
+        """Whether this step is to measure the curvature."""
+        return is_due(step, self.curvature_update_period)
+
+    def fold(
+        self, state: PreconditionerState, measured: Any, is_good: Bool[Array, ""]
+    ) -> tuple[PreconditionerState, Bool[Array, ""]]:
+        """Takes in what was measured on a good batch if it is finite; and whether it is not."""
+        finite = all_finite(measured)
+        curvature = self.estimator.fold(state.curvature, measured)
+        # An estimator that holds its batch has none to go back to at first.
+        if jax.tree.structure(curvature) == jax.tree.structure(state.curvature):
+            curvature = select(is_good & finite, curvature, state.curvature)
+        return PreconditionerState(curvature, state.eigendecomposition), ~finite
+
+    def maybe_refresh(
+        self,
+        state: PreconditionerState,
+        parameters: Parameters,
+        damping: Scalar | Mapping[str, Scalar],
+        step: Counter,
+        is_stale: Bool[Array, ""] | bool,
+    ) -> tuple[PreconditionerState, Bool[Array, ""]]:
+        """The state with those inverses that are due; and whether any of them failed, so that the old one was kept."""
+        if not isinstance(self.inverse_update_period, Staggered):
+            due = is_due(step, self.inverse_update_period) | is_stale
+            return cond(due, lambda: self.refresh(state, parameters, damping), lambda: (state, jnp.zeros((), bool)))
+        period = self.inverse_update_period.period
+        groups = [None, *self._groups(parameters, period)]
+        branches = [lambda group=group: self.refresh(state, parameters, damping, group) for group in groups]
+        everything = (step == 0) | is_stale
+        return _switch(jnp.where(everything, 0, 1 + step % period), branches)
+
+    def refresh(
+        self,
+        state: PreconditionerState,
+        parameters: Parameters,
+        damping: Scalar | Mapping[str, Scalar],
+        only: tuple[str, ...] | None = None,
+    ) -> tuple[PreconditionerState, Bool[Array, ""]]:
+        """The state with new inverses, of all blocks or of some; and whether any failed."""
+        previous = state.curvature
+        if state.eigendecomposition is not None:
+            new = self.estimator.decompose(previous, parameters)
+            finite = all_finite(new)
+            return PreconditionerState(previous, select(finite, new, state.eigendecomposition)), ~finite
+        if only is None:
+            refreshed = self.estimator.refresh(previous, parameters, damping)
+        else:
+            assert isinstance(self.estimator, BlockDiagonalCurvature)
+            refreshed = self.estimator.refresh(previous, parameters, damping, only)
+        curvature, failed = self.estimator.keep_finite(refreshed, previous)
+        return PreconditionerState(curvature, None), failed
+
+    def apply(
+        self, state: PreconditionerState, gradient: Parameters, damping: Scalar | Mapping[str, Scalar]
+    ) -> Parameters:
+        """`(Ĉ + λI)^p ∇h`; for p = -1 with λ as of the last refresh."""
+        if state.eigendecomposition is None:
+            return self.estimator.solve(state.curvature, gradient)
+        return state.eigendecomposition.power(gradient, self.exponent, damping)
+
+    def _groups(self, parameters: Parameters, number: int) -> list[tuple[str, ...]]:
+        """The blocks in groups of about equal cost: the costliest first, each to the group with the least so far."""
+        assert isinstance(self.estimator, BlockDiagonalCurvature)
+        costs = self.estimator.refresh_flops(parameters)
+        groups, totals = [[] for _ in range(number)], [0] * number
+        for key in sorted(costs, key=lambda key: (-costs[key], key)):
+            least = totals.index(min(totals))
+            groups[least].append(key)
+            totals[least] += costs[key]
+        return [tuple(group) for group in groups]
+
+
+def _immovable(shapes: Eigendecomposition) -> Eigendecomposition:
+    """With infinite eigenvalues, so that nothing moves before the first refresh."""
+
+    def one(spectrum):
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spectrum)
+        return Spectrum(zeros.left, zeros.right, jnp.full_like(zeros.values, jnp.inf))
+
+    return jax.tree.map(one, shapes, is_leaf=lambda x: isinstance(x, Spectrum))
+
+
+def is_due(step: Counter, period: int) -> Bool[Array, ""] | bool:
+    return True if period == 1 else step % period == 0
+
+
+def check_period(name: str, period: Any) -> None:
+    if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+        raise ValueError(f"`{name}` must be a whole number, at least 1, got {period!r}.")
+
+
+def _switch(index: Array, branches: list) -> Any:
+    """`jax.lax.switch` between functions without arguments; what is no array must be the same."""
+    rest = []
+
+    def arrays(branch):
+        dynamic, static = eqx.partition(branch(), eqx.is_array)
+        rest.append(static)
+        return dynamic
+
+    dynamic = jax.lax.switch(index, [lambda branch=branch: arrays(branch) for branch in branches])
+    return eqx.combine(dynamic, rest[0])

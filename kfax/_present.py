@@ -1,0 +1,98 @@
+"""The objective on one batch around the present parameters: its value, its gradient, its quadratic models."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+from ._capture import Linearization, Problem
+from ._l2 import L2
+from ._passes import gradient_of, gram_of, loss_of
+from ._quadratic import PlaneModel, QuadraticModel
+from ._tree import all_finite, combine, dot
+from ._types import Counter, Parameters, PRNGKey, Scalar
+
+
+class Present(eqx.Module):
+    """The objective, with its L2 term, on one batch.
+
+    **Fields:**
+
+    - `problem`: model and batch.
+    - `l2`, `mask`: the regularizer, and what it acts on.
+    - `micro_batches`: in how many parts the batch is run.
+    - `loss`, `gradient`: of the objective at the present parameters.
+    - `model_state`, `aux`: what `loss_fn` returned.
+    """
+
+    problem: Problem
+    l2: L2
+    mask: PyTree[bool]
+    micro_batches: int = eqx.field(static=True)
+    loss: Scalar
+    gradient: Parameters
+    model_state: Any
+    aux: Any
+
+    @property
+    def is_good(self) -> Bool[Array, ""]:
+        """Whether all that the batch gave is finite."""
+        return all_finite((self.loss, self.gradient, self.model_state))
+
+    def loss_at(self, parameters: Parameters) -> Scalar:
+        """The objective elsewhere, on the same batch and with the same key."""
+        loss = loss_of(self.problem, self.micro_batches, parameters)
+        return loss + self.l2.value(self.mask, parameters)
+
+    def plane(self, model: QuadraticModel, directions: tuple[Parameters, ...], step: Counter) -> PlaneModel:
+        """The exact quadratic model, without damping, on the span of some directions."""
+        problem, number = self.problem, self.micro_batches
+        if model.batch is not None:
+            problem = problem_with(problem, model.batch(problem.batch, step))
+            number = 1
+        gram = gram_of(problem, number, model.source, directions)
+        regularized = tuple(self.l2.multiply(self.mask, v) for v in directions)
+        slopes = jnp.stack([dot(self.gradient, v) for v in directions])
+        return PlaneModel(gram + _table(directions, regularized), _table(directions, directions), slopes)
+
+    def predict(self, multiply: Callable[[Parameters], Parameters], update: Parameters) -> Scalar:
+        """The change that the quadratic model of a curvature, without damping, predicts for an update."""
+        product = combine((1, 1), (multiply(update), self.l2.multiply(self.mask, update)))
+        return dot(self.gradient, update) + dot(update, product) / 2
+
+
+def observe(
+    problem: Problem,
+    l2: L2,
+    micro_batches: int,
+    key: PRNGKey | None,
+    linearize: Callable[[Problem], Linearization],
+    measure: Callable[[Linearization, PRNGKey | None, Any], Any],
+    measured: Any,
+) -> tuple[Present, Any]:
+    """Runs a batch forward and backward; for the arguments see `gradient_of`."""
+    parameters = problem.parameters
+    outcome, measured = gradient_of(problem, micro_batches, key, linearize, measure, measured)
+    mask = l2.mask(problem.model, parameters)
+    present = Present(
+        problem=problem,
+        l2=l2,
+        mask=mask,
+        micro_batches=micro_batches,
+        loss=outcome.means["loss"] + l2.value(mask, parameters),
+        gradient=combine((1, 1), (outcome.means["gradient"], l2.multiply(mask, parameters))),
+        model_state=outcome.model_state,
+        aux=outcome.aux,
+    )
+    return present, measured
+
+
+def problem_with(problem: Problem, batch: Any) -> Problem:
+    """The same problem with another batch."""
+    return Problem(problem.loss_fn, problem.model, batch, problem.key, problem.model_state, problem.frozen)
+
+
+def _table(left: tuple[Parameters, ...], right: tuple[Parameters, ...]) -> Float[Array, "k k"]:
+    return jnp.stack([jnp.stack([dot(v, w) for w in right]) for v in left])

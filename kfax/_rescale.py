@@ -1,0 +1,75 @@
+"""What keeps a step from going too far: a bound on its length, and the undoing of steps that failed."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool
+
+from ._scalars import nonnegative, positive, scalar, scheduled
+from ._types import Counter, Scalar, Schedule
+
+
+class NormConstraint(eqx.Module):
+    r"""A learning rate that is lowered where the step would be too long in the metric of the curvature.
+
+    $$\alpha' = \alpha \min\!\left(1, \sqrt{\frac{\kappa}{\alpha^2\, \nabla h^\top P \nabla h}}\right)$$
+
+    with P the preconditioner, $(\hat C + \lambda I)^{-1}$: the descent part of the step, $-\alpha' P \nabla h$, is no
+    longer than $\sqrt\kappa$ in the norm of $\hat C + \lambda I$. For a negative log-likelihood, κ/2 bounds to second
+    order how far the model's distribution moves, as a Kullback-Leibler divergence. The usual safeguard where batches
+    are small.
+
+    ??? cite "Source"
+        Ba, Grosse & Martens 2017, "Distributed second-order optimization using Kronecker-factored approximations",
+        section 5.
+    """
+
+    learning_rate: Scalar | Schedule
+    bound: Scalar | Schedule
+
+    def __init__(self, learning_rate: ArrayLike | Schedule, bound: ArrayLike | Schedule):
+        """**Arguments:**
+
+        - `learning_rate`: α, a number or a schedule.
+        - `bound`: κ > 0, a number or a schedule: 1e-3 to 1e-2 is common. [loss]
+
+        **Raises:** `ValueError` for values out of their range.
+        """
+        is_schedule = isinstance(learning_rate, Callable)
+        self.learning_rate = learning_rate if is_schedule else scalar("learning_rate", learning_rate)
+        self.bound = bound if isinstance(bound, Callable) else positive("bound", bound)
+
+    def limit(self, learning_rate: Scalar, squared_norm: Scalar, step: Counter) -> Scalar:
+        """α', given α and `∇hᵀP∇h`."""
+        bound = scheduled("bound", self.bound, step) if isinstance(self.bound, Callable) else self.bound
+        return limit(learning_rate, squared_norm, bound)
+
+
+def limit(learning_rate: Scalar, squared_norm: Scalar, bound: Scalar) -> Scalar:
+    """α', so that `α'² s` is at most κ."""
+    length = learning_rate**2 * squared_norm
+    too_long = length > bound
+    return learning_rate * jnp.where(too_long, jnp.sqrt(bound / jnp.where(too_long, length, 1)), 1)
+
+
+class Rejection(eqx.Module):
+    """Undoes a step after which the loss on the same batch is higher, or not finite.
+
+    Parameters, velocity and model state are then as before the step. An adaptive damping is raised, at whatever period
+    it is adjusted, and the inverse is computed anew for the next step. The loss is evaluated once more at each step.
+    Meant for large batches: on a small one a step that helps in the mean may well raise the loss.
+    """
+
+    tolerance: Scalar
+
+    def __init__(self, tolerance: ArrayLike = 1e-6):
+        """**Arguments:**
+
+        - `tolerance`: by how much the loss may rise, relative to its absolute value: for rounding errors.
+        """
+        self.tolerance = nonnegative("tolerance", tolerance)
+
+    def accepts(self, before: Scalar) -> Callable[[Scalar], Bool[Array, ""]]:
+        """Whether a step from this loss to another is to be taken."""
+        return lambda after: after <= before + self.tolerance * jnp.abs(before)

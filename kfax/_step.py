@@ -1,0 +1,141 @@
+"""What the optimizer keeps between steps, and what it reports of one."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from ._layers import parts, to_matrices
+from ._preconditioner import PreconditionerState
+from ._types import Counter, Parameters, Scalar
+
+
+class OptimizerState(eqx.Module):
+    """What the optimizer remembers between steps. Does not depend on the batch size.
+
+    **Fields:**
+
+    - `step`: how many steps were taken.
+    - `damping`: λ, as the damping rule left it. [loss/param²]
+    - `velocity`: the previous update of the parameters. [param]
+    - `preconditioner`: the state of the estimator, with its inverses.
+    - `is_stale`: whether the inverses have to be computed anew because λ was raised after a step that was undone;
+        `None` without [`kfax.Rejection`][].
+    """
+
+    step: Counter
+    damping: Scalar
+    velocity: Parameters
+    preconditioner: PreconditionerState
+    is_stale: Bool[Array, ""] | None
+
+    @property
+    def curvature(self) -> Any:
+        """The state of the estimator."""
+        return self.preconditioner.curvature
+
+
+class StepResult(eqx.Enumeration):
+    """How a step went: a field of [`kfax.StepInfo`][], to be compared by `==`.
+
+    Whatever is not finite is kept out of model and state, so that training goes on. Of several reasons the first in
+    this order is given:
+
+    - `non_finite_batch`: loss, gradient or new model state are not finite. Nothing was changed but the counter.
+    - `non_finite_update`: the update was not finite. The parameters were not changed, the velocity was set to zero.
+    - `rejected`: the loss was higher after the step, or not finite. The step was undone.
+    - `non_finite_inverse`: the step was taken, with the last good inverse for at least one block. A block without any
+        is not moved.
+    - `non_finite_curvature`: the step was taken, but the statistics of the batch were left out.
+    - `successful`: none of these.
+    """
+
+    successful = "The step was taken."
+    non_finite_batch = "Loss, gradient or new model state are not finite: nothing was changed."
+    non_finite_update = "The update is not finite: the parameters were not changed."
+    rejected = "The loss was higher after the step, or not finite: the step was undone."
+    non_finite_inverse = "At least one block could not be inverted: its last good inverse was used."
+    non_finite_curvature = "The statistics of the batch are not finite: they were left out."
+
+
+class LayerNorms(eqx.Module):
+    """Euclidean norms of what belongs to one layer (or one operation of it).
+
+    **Fields:**
+
+    - `parameter`: before the step. [param]
+    - `gradient`: of the objective. [loss/param]
+    - `descent`: the preconditioned gradient. [param]
+    - `update`: of the change of the parameters. [param]
+    """
+
+    parameter: Scalar
+    gradient: Scalar
+    descent: Scalar
+    update: Scalar
+
+
+class StepInfo(eqx.Module):
+    """What happened in a step.
+
+    **Fields:**
+
+    - `step`: its number, from zero.
+    - `result`: how it went, a [`kfax.StepResult`][].
+    - `loss`: the objective before the step: all losses, and the L2 term.
+    - `gradient_norm`: of the objective. [loss/param]
+    - `update_norm`: of the change of the parameters. [param]
+    - `learning_rate`, `momentum`: the coefficients that were used.
+    - `damping`: λ of this step. [loss/param²]
+    - `predicted_change`: the change of the objective that the quadratic model predicts, without damping. NaN on steps
+        that had no use for it.
+    - `reduction_ratio`: the actual change over the predicted one. NaN on steps that did not measure it.
+    - `layers`: norms of single layers, by path, if the optimizer was told to report them.
+    - `model_state`: the new one, if `loss_fn` returned one.
+    - `aux`: what else `loss_fn` returned; stacked if the batch was run in micro-batches.
+    """
+
+    step: Counter
+    result: StepResult
+    loss: Scalar
+    gradient_norm: Scalar
+    update_norm: Scalar
+    learning_rate: Scalar
+    momentum: Scalar
+    damping: Scalar
+    predicted_change: Scalar
+    reduction_ratio: Scalar
+    layers: dict[str, LayerNorms] | None
+    model_state: Any
+    aux: Any
+
+
+def layer_norms(
+    parameters: Parameters, gradient: Parameters, descent: Parameters, update: Parameters
+) -> dict[str, LayerNorms]:
+    """The norms of each layer, by path."""
+    trees = [to_matrices(tree) for tree in (parameters, gradient, descent, update)]
+    return {key: LayerNorms(*(jnp.linalg.norm(tree[key]) for tree in trees)) for key in trees[0]}
+
+
+def check_state(state: OptimizerState, parameters: Parameters) -> None:
+    """The state must have been made for a model like this one."""
+
+    def shapes(tree):
+        return {key: part.operation.shape() for key, part in parts(tree).items()}
+
+    expected, found = shapes(state.velocity), shapes(parameters)
+    for path in expected | found:
+        if expected.get(path) != found.get(path):
+            was, now = (str(tree[path]) if path in tree else "nothing" for tree in (expected, found))
+            raise ValueError(
+                f"The optimizer's state was made for another model: at `{path}` it has {was}, but the model has {now}. "
+                "Call `optimizer.init(model, batch)` for the changed model (or was `frozen` changed?)."
+            )
+    if jax.tree.structure(state.velocity) != jax.tree.structure(parameters):
+        raise ValueError(
+            "The optimizer's state was made for a model of another structure (other blocks, or static fields). Call "
+            "`optimizer.init(model, batch)` for the changed model."
+        )

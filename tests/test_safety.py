@@ -1,0 +1,271 @@
+"""What must not enter model or state, and steps that are undone."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import grid, make_case
+from helpers import mlp, parameters
+
+import kfax
+
+
+RESULT = kfax.StepResult
+
+
+def small_case(sizes=(4, 3, 2), dtype=jnp.float64, num_examples=8):
+    keys = jax.random.split(jax.random.key(1), 2)
+    model = kfax.tag(mlp(keys[0], sizes, dtype=dtype))
+    x = jax.random.normal(keys[1], (num_examples, sizes[0]), dtype)
+    y = jnp.sin(3 * x[:, :1]) * jnp.ones(sizes[-1], dtype)
+    return model, (x, y)
+
+
+def loss_fn(model, batch):
+    return kfax.squared_error(jax.vmap(model)(batch[0]), batch[1])
+
+
+AUTO = kfax.QuadraticModel()
+KINDS = {
+    "fixed": {"learning_rate": 0.05, "momentum": 0.5, "damping": 0.5},
+    "adaptive": {"learning_rate": AUTO, "momentum": AUTO, "damping": kfax.LevenbergMarquardt(0.5, period=2)},
+    "rejecting": {
+        "learning_rate": AUTO,
+        "momentum": AUTO,
+        "damping": kfax.LevenbergMarquardt(0.5),
+        "rejection": kfax.Rejection(),
+    },
+    "power": {
+        "learning_rate": 0.05,
+        "momentum": 0.5,
+        "damping": 0.5,
+        "preconditioner": kfax.Preconditioner(exponent=-0.5),
+    },
+    "constrained": {
+        "learning_rate": kfax.NormConstraint(0.1, 1e-2),
+        "momentum": 0.5,
+        "damping": kfax.RelativeDamping(1e-3),
+    },
+}
+
+
+def make(kind, **options):
+    return kfax.Optimizer(loss_fn, **(KINDS[kind] | options))
+
+
+def train(optimizer, model, batches):
+    """Trains on batches of one shape; models, states and reports after each step."""
+    state = eqx.filter_jit(optimizer.init)(model, batches[0])
+    step, history = eqx.filter_jit(optimizer.step), []
+    for i, batch in enumerate(batches):
+        model, state, info = step(model, state, batch, key=jax.random.key(i))
+        history.append((model, state, info))
+    return history
+
+
+def is_finite(tree):
+    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array)))
+
+
+def held(state):
+    """All of a state but the counter."""
+    return eqx.tree_at(lambda s: s.step, state, None)
+
+
+# -- what is not finite --
+
+
+@grid(kind=KINDS, where=["inputs", "targets"])
+def test_a_batch_of_nans_changes_nothing(kind, where):
+    model, (x, y) = small_case()
+    bad = (x * jnp.nan, y) if where == "inputs" else (x, y * jnp.nan)
+    batches = [(x, y)] * 7 + [bad] + [(x, y)] * 5
+    history = train(make(kind), model, batches)
+    (before, state_before, _), (after, state_after, info) = history[6:8]
+    assert info.result == RESULT.non_finite_batch
+    assert not jnp.isfinite(info.loss) and info.update_norm == 0
+    assert bool(eqx.tree_equal(before, after))
+    assert bool(eqx.tree_equal(held(state_before), held(state_after)))
+    assert state_after.step == 8
+    # As if it had not been there.
+    assert all(is_finite(m) and (i.result == RESULT.successful) for m, _, i in history[8:])
+    assert history[-1][2].loss < history[6][2].loss
+
+
+def test_a_first_batch_of_nans():
+    """There is no inverse yet: nothing moves until there is one."""
+    model, (x, y) = small_case()
+    history = train(make("fixed"), model, [(x * jnp.nan, y)] + [(x, y)] * 9)
+    assert bool(eqx.tree_equal(history[4][0], model))
+    losses = [info.loss for _, _, info in history]
+    assert losses[9] < losses[5] == losses[1]
+    assert is_finite(history[-1][0])
+
+
+@grid(kind=KINDS)
+def test_batches_of_zeros_and_of_one_example(kind):
+    model, (x, y) = small_case()
+    same = (jnp.broadcast_to(x[:1], x.shape), jnp.broadcast_to(y[:1], y.shape))
+    batches = [(0 * x, 0 * y), same, (0 * x, 0 * y), *[(x, y)] * 12]
+    history = train(make(kind), model, batches)
+    assert all(is_finite(entry[0]) and is_finite(entry[1].velocity) for entry in history)
+    assert history[-1][2].loss < history[3][2].loss
+
+
+@grid(kind=KINDS, dtype=[jnp.float32, jnp.bfloat16])
+def test_hardly_any_damping_in_low_precision(kind, dtype):
+    """Nothing says that this trains well. It must not break."""
+    if kind == "rejecting":
+        tiny = kfax.LevenbergMarquardt(1e-12, minimum=1e-12)
+    else:
+        tiny = {"adaptive": kfax.LevenbergMarquardt(1e-12, minimum=1e-12)}.get(kind, 1e-12)
+    model, (x, y) = small_case(dtype=dtype)
+    same = (jnp.broadcast_to(x[:1], x.shape), jnp.broadcast_to(y[:1], y.shape))
+    history = train(make(kind, damping=tiny), model, [same] * 4 + [(x, y)] * 8)
+    assert all(is_finite(entry[0]) for entry in history)
+    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(parameters(history[-1][0])))
+    assert not bool(eqx.tree_equal(history[-1][0], model))
+
+
+@grid(kind=["fixed", "adaptive"])
+def test_factors_of_size_one(kind):
+    model, (x, y) = small_case(sizes=(1, 1, 1, 1))
+    history = train(make(kind), model, [(x, y)] * 10)
+    assert all(is_finite(entry[0]) for entry in history)
+    assert history[-1][2].loss < history[0][2].loss
+
+
+def test_statistics_that_are_not_finite_are_left_out():
+    model, (x, y) = small_case()
+    (_, state, info), (_, after, bad) = train(make("fixed"), model, [(x, y), (x * 1e200, y)])
+    assert info.result == RESULT.successful
+    # Squares of inputs overflow where tanh makes everything else finite.
+    assert bad.result == RESULT.non_finite_curvature
+    assert bool(eqx.tree_equal(after.curvature.average, state.curvature.average))
+
+
+def test_a_block_that_cannot_be_inverted_keeps_its_inverse():
+    model, batch = small_case()
+    optimizer = make("fixed", preconditioner=kfax.Preconditioner(inverse_update_period=1))
+    step = eqx.filter_jit(optimizer.step)
+    model, state, _ = step(model, eqx.filter_jit(optimizer.init)(model, batch), batch, key=jax.random.key(0))
+    first, last = state.curvature.inverses
+    # The product of the two factors overflows.
+    huge = jax.tree.map(lambda x: 1e200 * jnp.eye(*x.shape) if x.ndim == 2 else x, state.curvature.average.value[last])
+    spoiled = eqx.tree_at(lambda s: s.curvature.average.value[last], state, huge)
+    _, after, info = step(model, spoiled, batch, key=jax.random.key(1))
+    assert info.result == RESULT.non_finite_inverse
+    assert bool(eqx.tree_equal(after.curvature.inverses[last], state.curvature.inverses[last]))
+    assert not bool(eqx.tree_equal(after.curvature.inverses[first], state.curvature.inverses[first]))
+
+
+def test_an_update_that_is_not_finite_is_not_made():
+    model, batch = small_case()
+    for kind in ("fixed", "adaptive"):
+        optimizer = make(kind)
+        model, state, _ = train(optimizer, model, [batch] * 2)[-1]
+        step = eqx.filter_jit(optimizer.step)
+        after, state_after, info = step(model, state, batch, key=jax.random.key(0), learning_rate=jnp.inf)
+        assert info.result == RESULT.non_finite_update
+        assert bool(eqx.tree_equal(after, model))
+        assert all(bool(jnp.all(leaf == 0)) for leaf in jax.tree.leaves(state_after.velocity))
+        assert (state_after.damping > state.damping) == (kind == "adaptive")
+
+
+# -- steps that are undone --
+
+
+def normalized(model, batch, model_state):
+    call = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+    outputs, model_state = call(batch[0], model_state)
+    return kfax.squared_error(outputs, batch[1]), model_state
+
+
+def build(key):
+    keys = jax.random.split(key, 2)
+    layers = [
+        eqx.nn.Linear(4, 3, key=keys[0]),
+        eqx.nn.BatchNorm(3, "batch", mode="ema"),
+        eqx.nn.Linear(3, 2, key=keys[1]),
+    ]
+    return eqx.nn.Sequential(layers)
+
+
+@grid(period=[1, 5])
+def test_a_step_that_raises_the_loss_is_undone(period):
+    """Parameters, velocity and model state; at every period of the damping, which stays raised."""
+    _, (x, y) = small_case()
+    plain, model_state = eqx.nn.make_with_state(build)(jax.random.key(0))
+    model = kfax.tag(plain)
+    rule = kfax.LevenbergMarquardt(0.5, period=period, decay=0.9)
+    curvature = kfax.BlockDiagonalCurvature(example_axis="batch")
+    optimizer = kfax.Optimizer(
+        normalized,
+        learning_rate=0.1,
+        momentum=0.5,
+        damping=rule,
+        rejection=kfax.Rejection(),
+        preconditioner=kfax.Preconditioner(curvature, inverse_update_period=100),
+    )
+    state = eqx.filter_jit(optimizer.init)(model, (x, y), model_state=model_state)
+    step = eqx.filter_jit(optimizer.step)
+    for i, rate in enumerate([0.1, 0.1, 1e4, 1e4, 0.1, 0.1]):
+        inputs = {"key": jax.random.key(i), "model_state": model_state, "learning_rate": rate}
+        new_model, new_state, info = step(model, state, (x, y), **inputs)
+        if rate == 1e4:
+            assert info.result == RESULT.rejected
+            assert info.update_norm == 0 and info.reduction_ratio != 0
+            for new, old in ((new_model, model), (new_state.velocity, state.velocity), (info.model_state, model_state)):
+                assert bool(eqx.tree_equal(new, old))
+            assert jnp.allclose(new_state.damping, state.damping / 0.9**period, rtol=1e-12)
+            assert new_state.is_stale
+        else:
+            assert info.result == RESULT.successful
+            assert not bool(eqx.tree_equal(new_model, model)) and not new_state.is_stale
+            assert not bool(eqx.tree_equal(info.model_state, model_state))
+        # The period would allow one refresh, at the first step; each rejection asks for one more.
+        refreshed = not bool(eqx.tree_equal(new_state.curvature.inverses, state.curvature.inverses))
+        assert refreshed == (i in (0, 3, 4))
+        model, state, model_state = new_model, new_state, info.model_state
+
+
+def test_levenberg_marquardt_undoes_a_step_into_infinity():
+    """Without `Rejection` too: from there no later step would come back."""
+    model, batch = small_case()
+
+    def exploding(model, batch):
+        outputs = jax.vmap(model)(batch[0])
+        return kfax.squared_error(jnp.where(jnp.max(jnp.abs(outputs)) > 1e3, jnp.nan, outputs), batch[1])
+
+    rule = kfax.LevenbergMarquardt(0.5, period=1)
+    optimizer = kfax.Optimizer(exploding, learning_rate=0.1, momentum=0.0, damping=rule)
+    state = eqx.filter_jit(optimizer.init)(model, batch)
+    after, state_after, info = eqx.filter_jit(optimizer.step)(
+        model, state, batch, key=jax.random.key(0), learning_rate=1e9
+    )
+    assert info.result == RESULT.rejected
+    assert bool(eqx.tree_equal(after, model)) and state_after.damping > state.damping
+
+
+def test_rounding_is_no_reason_for_rejection():
+    assert kfax.Rejection().accepts(jnp.asarray(1.0))(jnp.asarray(1.0 + 1e-7))
+    assert not kfax.Rejection().accepts(jnp.asarray(1.0))(jnp.asarray(1.0 + 1e-5))
+    assert not kfax.Rejection().accepts(jnp.asarray(-1.0))(jnp.asarray(-1.0 + 1e-5))
+    assert not kfax.Rejection(0.1).accepts(jnp.asarray(1.0))(jnp.asarray(jnp.nan))
+    with pytest.raises(ValueError, match="`tolerance` must not be negative"):
+        kfax.Rejection(-1.0)
+
+
+def test_results_can_be_scanned_and_read():
+    case = make_case("mlp", "squared")
+    optimizer = kfax.Optimizer(case.loss_fn, learning_rate=0.1, momentum=0.0, damping=1.0)
+    dynamic, static = eqx.partition(case.model, eqx.is_array)
+    state = eqx.filter_jit(optimizer.init)(case.model, case.batch)
+
+    def body(carry, key):
+        model, state, info = optimizer.step(eqx.combine(carry[0], static), carry[1], case.batch, key=key)
+        return (eqx.filter(model, eqx.is_array), state), info.result
+
+    _, results = jax.jit(lambda c: jax.lax.scan(body, c, jax.random.split(jax.random.key(0), 3)))((dynamic, state))
+    assert bool(jnp.all(results == RESULT.successful))
+    assert "step was taken" in str(RESULT[RESULT.successful])

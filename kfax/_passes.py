@@ -189,8 +189,9 @@ def _num_examples(batch: Any, what: str) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(batch, eqx.is_array))
     sizes = {jax.tree_util.keystr(path): leaf.shape[0] if leaf.ndim else 0 for path, leaf in leaves}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        found = ", ".join(f"`batch{path}`: {size}" for path, size in sizes.items())
         raise ValueError(
             f"{what} splits a batch along axis 0 of its arrays, which must be as long as there are examples, but the "
-            f"lengths are {sizes}. Hand what does not belong to single examples to `loss_fn` in another way."
+            f"lengths are {found}. Hand what does not belong to single examples to `loss_fn` in another way."
         )
     return next(iter(sizes.values()))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
-from ._blocks import Spectrum
+from ._blocks import Spectrum, unbounded
 from ._damping import as_damping_rule, DampingMultiple, DampingRule, RelativeDamping
 from ._estimators import BlockDiagonalCurvature, CurvatureEstimator, Eigendecomposition, ImplicitExactCurvature
 from ._tree import all_finite, cond, mean, select
@@ -187,9 +187,9 @@ class Preconditioner(eqx.Module):
     def apply(
         self, state: PreconditionerState, gradient: Parameters, damping: Scalar | Mapping[str, Scalar]
     ) -> Parameters:
-        """`(Ĉ + λI)^p ∇h`; for p = -1 with λ as of the last refresh."""
+        """`(Ĉ + λI)^p ∇h`; for p = -1 with λ as of the last refresh, where a new one would take another refresh."""
         if state.eigendecomposition is None:
-            return self.estimator.solve(state.curvature, gradient)
+            return self.estimator.solve(self.estimator.redamp(state.curvature, gradient, damping), gradient)
         return state.eigendecomposition.power(gradient, self.exponent, damping)
 
     def _groups(self, parameters: Parameters, number: int) -> list[tuple[str, ...]]:
@@ -205,13 +205,9 @@ class Preconditioner(eqx.Module):
 
 
 def _immovable(shapes: Eigendecomposition) -> Eigendecomposition:
-    """With infinite eigenvalues, so that nothing moves before the first refresh."""
-
-    def one(spectrum):
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spectrum)
-        return Spectrum(zeros.left, zeros.right, jnp.full_like(zeros.values, jnp.inf))
-
-    return jax.tree.map(one, shapes, is_leaf=lambda x: isinstance(x, Spectrum))
+    """So that nothing moves before the first refresh."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.tree.map(unbounded, zeros, is_leaf=lambda x: isinstance(x, Spectrum))
 
 
 def is_due(step: Counter, period: int) -> Bool[Array, ""] | bool:

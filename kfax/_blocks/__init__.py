@@ -17,6 +17,7 @@ from .product import (
     Inversion as Inversion,
     Product as Product,
     Spectrum as Spectrum,
+    unbounded as unbounded,
 )
 from .sharing import (
     Expand as Expand,

@@ -1,6 +1,7 @@
 """Matrices with the structure of a Kronecker product: multiplied, inverted and diagonalized by their two factors."""
 
 import abc
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -233,7 +234,15 @@ class Eigh(Inversion):
 
 def immovable(inverse: Inverse) -> Inverse:
     """One of the same structure that maps everything to zero: what stands for an inverse before there is any."""
-    return jax.tree.map(jnp.zeros_like, inverse).redamp(jnp.full((), jnp.inf))
+    zeros = jax.tree.map(jnp.zeros_like, inverse)
+    return jax.tree.map(unbounded, zeros, is_leaf=lambda x: isinstance(x, Spectrum))
+
+
+def unbounded(spectrum: Any) -> Any:
+    """With eigenvalues of infinity, so that for any λ negative powers map everything to zero. Only of spectra."""
+    if not isinstance(spectrum, Spectrum):
+        return spectrum
+    return Spectrum(spectrum.left, spectrum.right, jnp.full_like(spectrum.values, jnp.inf))
 
 
 def check_inversion(inversion: Inversion) -> Inversion:

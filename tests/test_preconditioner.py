@@ -1,0 +1,301 @@
+"""The preconditioner: when its parts are renewed, its damping, its power, and the norms that it bounds."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import grid, make_case
+from helpers import assert_close, mlp, parameters
+from jax.flatten_util import ravel_pytree
+from reference import ggn
+
+import kfax
+
+
+EXACT = kfax.BlockDiagonalCurvature(kfax.ExactGGN())
+
+
+def make(loss_fn, preconditioner, **options):
+    settings = {"learning_rate": 0.1, "momentum": 0.0, "damping": 0.1}
+    return kfax.Optimizer(loss_fn, preconditioner=preconditioner, **(settings | options))
+
+
+def train(optimizer, model, batches, **inputs):
+    state = eqx.filter_jit(optimizer.init)(model, batches[0])
+    step, history = eqx.filter_jit(optimizer.step), []
+    for i, batch in enumerate(batches):
+        before = model
+        model, state, info = step(model, state, batch, key=jax.random.key(i), **inputs)
+        history.append((before, model, state, info))
+    return history
+
+
+def objective(case, parameters):
+    return jnp.mean(jax.vmap(case.one)(case.outputs(parameters), case.y))
+
+
+def change(before, after):
+    """Parameters before, how to unravel them, and their change, raveled."""
+    theta, unravel = ravel_pytree(parameters(before))
+    return theta, unravel, flat(parameters(after)) - theta
+
+
+def gradient_at(case, theta, unravel):
+    return jax.grad(lambda v: objective(case, unravel(v)))(theta)
+
+
+def ggn_at(case, model, batch):
+    return ggn(lambda p: jax.vmap(kfax.untag(eqx.combine(p, model)))(batch[0]), parameters(model), case.one, batch[1])
+
+
+def flat(tree):
+    return ravel_pytree(tree)[0]
+
+
+# -- when --
+
+
+def test_a_staggered_refresh_has_every_block_once_in_a_period():
+    case = make_case(mlp(jax.random.key(0), (8, 7, 6, 5, 4, 3)), "softmax")
+    optimizer = make(case.loss_fn, kfax.Preconditioner(EXACT, inverse_update_period=kfax.Staggered(3)))
+    history = train(optimizer, case.model, [case.batch] * 8)
+    inverses = [state.curvature.inverses for _, _, state, _ in history]
+    turns = []
+    for i in range(1, 8):
+        turns.append({key for key in inverses[i] if not bool(eqx.tree_equal(inverses[i][key], inverses[i - 1][key]))})
+    assert turns[:3] == turns[3:6]
+    assert sorted(key for turn in turns[:3] for key in turn) == sorted(inverses[0])
+    costs = {row.path: row.refresh_flops for row in kfax.coverage(case.model).rows}
+    totals = [sum(costs[key] for key in turn) for turn in turns[:3]]
+    assert max(totals) - min(totals) <= max(costs.values())
+    # What is refreshed is what a refresh of everything gives.
+    state = history[-1][2].curvature
+    everything = EXACT.refresh(state, parameters(case.model), jnp.asarray(0.1))
+    for key in turns[-1]:
+        assert_close(state.inverses[key], everything.inverses[key])
+
+
+def test_a_refresh_on_demand():
+    case = make_case("mlp", "softmax")
+    optimizer = make(case.loss_fn, kfax.Preconditioner(EXACT, inverse_update_period=100), l2=0.05)
+    *_, state, _ = train(optimizer, case.model, [case.batch] * 3)[-1]
+    new = optimizer.refresh(case.model, state)
+    expected = EXACT.refresh(state.curvature, parameters(case.model), jnp.asarray(0.15))
+    assert_close(new.curvature, expected)
+    assert not bool(eqx.tree_equal(new.curvature.inverses, state.curvature.inverses))
+
+
+def test_burn_in_is_updates_without_steps():
+    case = make_case("mlp", "softmax", num_examples=8)
+    optimizer = make(case.loss_fn, kfax.Preconditioner(EXACT, curvature_update_period=7))
+    state = expected = eqx.filter_jit(optimizer.init)(case.model, case.batch)
+    expected = expected.curvature
+    for part in (slice(0, 5), slice(5, 8)):
+        batch = jax.tree.map(lambda x, part=part: x[part], case.batch)
+        state = eqx.filter_jit(optimizer.burn_in)(case.model, state, batch)
+        expected = eqx.filter_jit(EXACT.update)(expected, case.loss_fn, case.model, batch)
+    assert state.step == 0
+    assert_close(state.curvature, expected)
+
+
+# -- of what --
+
+
+def test_statistics_and_quadratic_model_of_a_part_of_the_batch():
+    case = make_case("mlp", "softmax", num_examples=8)
+    model = kfax.QuadraticModel(batch=kfax.Fraction(1 / 4))
+    preconditioner = kfax.Preconditioner(EXACT, batch=kfax.Fraction(3 / 8), inverse_update_period=1)
+    optimizer = make(case.loss_fn, preconditioner, learning_rate=model, momentum=model)
+    history = train(optimizer, case.model, [case.batch] * 3)
+    expected = EXACT.init(case.model)
+    for i, (before, after, state, info) in enumerate(history):
+        # 3 examples out of 8, and 2 out of 8: others at each step.
+        start = 3 * (i % 2)
+        part = jax.tree.map(lambda x, start=start: x[start : start + 3], case.batch)
+        expected = eqx.filter_jit(EXACT.update)(expected, case.loss_fn, before, part)
+        assert_close(state.curvature.average, expected.average)
+        theta, unravel, update = change(before, after)
+        matrix = ggn_at(case, before, tuple(leaf[2 * i : 2 * i + 2] for leaf in case.batch))
+        slope = gradient_at(case, theta, unravel) @ update
+        assert_close(info.predicted_change, slope + update @ matrix @ update / 2)
+        # The minimum along the update itself, with λ.
+        assert abs(slope + update @ (matrix @ update + 0.1 * update)) <= 1e-10 * abs(slope)
+
+
+def test_a_fraction_of_a_batch():
+    batch = {"x": jnp.arange(10.0), "y": jnp.arange(20.0).reshape(10, 2), "name": "train"}
+    for step, start in ((0, 0), (1, 3), (2, 6), (3, 0)):
+        part = kfax.Fraction(0.3)(batch, jnp.asarray(step))
+        assert_close(part["x"], batch["x"][start : start + 3])
+        assert_close(part["y"], batch["y"][start : start + 3])
+        assert part["name"] == "train"
+    assert kfax.Fraction(1e-3)(batch, jnp.asarray(4))["x"] == 4
+    for share in (0.0, -1.0, 1.5):
+        with pytest.raises(ValueError, match=r"`share` of `kfax.Fraction` must be a number in \(0, 1\]"):
+            kfax.Fraction(share)
+    with pytest.raises(ValueError, match=r"`kfax.Fraction` splits a batch along axis 0.*`batch\['z'\]`: 3"):
+        kfax.Fraction(0.3)(batch | {"z": jnp.zeros(3)}, jnp.asarray(0))
+
+
+# -- damping and power --
+
+
+@grid(damping=["multiple", "absolute", "scheduled"])
+def test_the_preconditioner_may_have_a_damping_of_its_own(damping):
+    case = make_case("mlp", "softmax")
+    own = {"multiple": kfax.DampingMultiple(3.0), "absolute": 0.7, "scheduled": lambda step: 1.0 / (1 + step)}[damping]
+    optimizer = make(case.loss_fn, kfax.Preconditioner(EXACT, inverse_update_period=1, damping=own), l2=0.05)
+    *_, state, info = train(optimizer, case.model, [case.batch] * 2)[-1]
+    value = {"multiple": 0.3, "absolute": 0.7, "scheduled": 0.5}[damping]
+    expected = EXACT.refresh(state.curvature, parameters(case.model), jnp.asarray(value + 0.05))
+    assert_close(state.curvature.inverses, expected.inverses)
+    assert_close(info.damping, jnp.asarray(0.1))
+    with pytest.raises(ValueError, match="multiple of the optimizer's damping"):
+        eqx.filter_jit(make(case.loss_fn, None, damping=kfax.DampingMultiple(2.0)).init)(case.model, case.batch)
+
+
+@grid(estimator=["blocks", "explicit"], slow=lambda estimator: estimator == "explicit")
+def test_a_power_of_the_curvature(estimator):
+    """With the present damping, whenever the eigenbasis was computed."""
+    case = make_case("mlp", "softmax", num_examples=7)
+    case = dataclasses.replace(case, model=kfax.set_block(case.model, lambda m: m, kfax.Full()))
+    made = EXACT if estimator == "blocks" else kfax.ExplicitExactCurvature()
+    preconditioner = kfax.Preconditioner(made, inverse_update_period=2, exponent=-0.5)
+    optimizer = make(case.loss_fn, preconditioner, damping=lambda step: 0.1 / (1 + step), l2=0.01)
+    history = train(optimizer, case.model, [case.batch] * 3)
+    held = None
+    for i, (before, after, state, _) in enumerate(history):
+        theta, unravel, update = change(before, after)
+        held = made.to_dense(state.curvature, parameters(before)) if i % 2 == 0 else held
+        values, vectors = jnp.linalg.eigh(held)
+        gradient = gradient_at(case, theta, unravel) + 0.01 * theta
+        damped = jnp.maximum(values, 0) + 0.1 / (1 + i) + 0.01
+        assert_close(update, -0.1 * vectors @ ((vectors.T @ gradient) / jnp.sqrt(damped)))
+
+
+def test_relative_damping_makes_the_scale_of_the_loss_irrelevant():
+    """(cC + cλ)⁻¹ c∇h: exact case 13, without telling the optimizer of c."""
+    case = make_case("mlp", "softmax")
+    rule = kfax.RelativeDamping(kfax.LevenbergMarquardt(0.5, period=1))
+    auto = kfax.QuadraticModel()
+
+    def trained(c):
+        def loss_fn(model, batch):
+            return c * case.loss_fn(model, batch)
+
+        optimizer = make(loss_fn, kfax.Preconditioner(EXACT), damping=rule, learning_rate=auto, momentum=auto)
+        return train(optimizer, case.model, [case.batch] * 6)
+
+    one, seven = trained(1.0), trained(7.0)
+    # Rounding errors grow from step to step.
+    assert_close(parameters(seven[-1][1]), parameters(one[-1][1]), tolerance=1e-8)
+    assert_close(seven[-1][3].damping, 7 * one[-1][3].damping, tolerance=1e-8)
+    diagonal = flat(EXACT.diagonal(one[0][2].curvature, parameters(case.model)))
+    assert_close(one[0][3].damping, 0.5 * jnp.mean(diagonal))
+
+
+def test_levenberg_marquardt_may_ask_for_the_exact_model():
+    case = make_case("mlp", "softmax")
+    infos = []
+    for exact in (False, True):
+        rule = kfax.LevenbergMarquardt(0.5, period=2, exact_model=exact)
+        history = train(make(case.loss_fn, kfax.Preconditioner(EXACT), damping=rule), case.model, [case.batch] * 2)
+        assert jnp.isnan(history[0][3].reduction_ratio)
+        infos.append(history[1][3])
+    before, after, *_ = history[1]
+    theta, unravel, update = change(before, after)
+    matrix = ggn_at(case, before, case.batch)
+    slope = gradient_at(case, theta, unravel) @ update
+    assert_close(infos[1].predicted_change, slope + update @ matrix @ update / 2)
+    assert not jnp.allclose(infos[0].predicted_change, infos[1].predicted_change, rtol=1e-3)
+
+
+def test_calibration_finds_where_the_rule_rests():
+    case = make_case("mlp", "softmax")
+    for initial in (1e-4, 1e4):
+        rule, auto = kfax.LevenbergMarquardt(initial, decay=0.9, period=5), kfax.QuadraticModel()
+        optimizer = make(case.loss_fn, kfax.Preconditioner(EXACT), damping=rule, learning_rate=auto, momentum=auto)
+        state = eqx.filter_jit(optimizer.init)(case.model, case.batch)
+        new = eqx.filter_jit(optimizer.calibrate)(case.model, state, case.batch)
+        assert new.step == 0 and new.damping != state.damping
+        assert bool(eqx.tree_equal(new.velocity, state.velocity))
+        # There the ratio of the first step is within the thresholds, or one adjustment from being so.
+        measuring = eqx.tree_at(lambda o: o.damping, optimizer, kfax.LevenbergMarquardt(1.0, period=1))
+        step = eqx.filter_jit(measuring.step)
+        tries = (new.damping * 0.9**5, new.damping)
+        ratios = [step(case.model, state, case.batch, damping=d)[2].reduction_ratio for d in tries]
+        assert min(ratios) < 0.75 and max(ratios) > 0.25
+    with pytest.raises(ValueError, match="`calibrate` needs a damping that adapts"):
+        make(case.loss_fn, None).calibrate(case.model, state, case.batch)
+
+
+# -- the norm constraint --
+
+
+@grid(active=[True, False])
+def test_the_norm_constraint_is_tight_where_it_is_active(active):
+    case = make_case("mlp", "softmax")
+    bound = 1e-4 if active else 1e4
+    rate = kfax.NormConstraint(0.3, bound)
+    preconditioner = kfax.Preconditioner(EXACT, inverse_update_period=1)
+    optimizer = make(case.loss_fn, preconditioner, learning_rate=rate, momentum=0.7)
+    velocity = 0.0
+    for before, after, state, info in train(optimizer, case.model, [case.batch] * 3):
+        theta, unravel, update = change(before, after)
+        gradient = gradient_at(case, theta, unravel)
+        natural = flat(EXACT.solve(state.curvature, unravel(gradient)))
+        squared = gradient @ natural
+        alpha = jnp.sqrt(bound / squared) if active else 0.3
+        assert_close(info.learning_rate, jnp.asarray(alpha))
+        assert_close(update, -alpha * natural + 0.7 * velocity, tolerance=1e-9)  # differences of parameters
+        velocity = update
+    *_, given = eqx.filter_jit(optimizer.step)(before, state, case.batch, key=jax.random.key(9), learning_rate=1e6)
+    assert given.learning_rate < 1e6
+
+
+def test_norms_of_single_layers():
+    case = make_case("mlp", "softmax")
+    optimizer = make(case.loss_fn, kfax.Preconditioner(EXACT), report_layers=True, momentum=0.5)
+    before, after, _, info = train(optimizer, case.model, [case.batch] * 2)[-1]
+    assert list(info.layers) == [row.path for row in kfax.coverage(case.model).rows]
+    for path, norms in info.layers.items():
+        pick = lambda m, i=int(path[8]): parameters(m.layers[i])  # noqa: E731
+        assert_close(norms.parameter, jnp.linalg.norm(flat(pick(before))))
+        assert_close(norms.update, jnp.linalg.norm(flat(pick(after)) - flat(pick(before))), tolerance=1e-9)
+    total = sum(norms.gradient**2 for norms in info.layers.values())
+    assert_close(jnp.sqrt(total), info.gradient_norm)
+
+
+# -- invariance --
+
+
+def test_a_step_does_not_depend_on_affine_maps_of_the_inputs():
+    """Exact case 15: with hardly any damping, the step is the same function whatever basis the inputs come in.
+
+    Source: Martens & Grosse 2015, section 10.
+    """
+    keys = jax.random.split(jax.random.key(3), 5)
+    plain = eqx.nn.MLP(4, 3, 5, 1, activation=jnp.tanh, key=keys[0])
+    matrix, offset = jax.random.normal(keys[1], (4, 4)) + 2 * jnp.eye(4), jax.random.normal(keys[2], (4,))
+    first = plain.layers[0]
+    weight = first.weight @ jnp.linalg.inv(matrix)
+    bias = first.bias - weight @ offset
+    moved = eqx.tree_at(lambda m: (m.layers[0].weight, m.layers[0].bias), plain, (weight, bias))
+    x, y = jax.random.normal(keys[3], (40, 4)), jax.random.normal(keys[4], (40, 3))
+
+    def after_steps(model, inputs):
+        def loss_fn(model, batch):
+            return kfax.squared_error(jax.vmap(model)(batch[0]), batch[1])
+
+        optimizer = make(loss_fn, kfax.Preconditioner(EXACT, inverse_update_period=1), damping=1e-14, l2=0.0)
+        return jax.vmap(train(optimizer, kfax.tag(model), [(inputs, y)] * 2)[-1][1])(inputs)
+
+    moved_inputs = x @ matrix.T + offset
+    assert_close(jax.vmap(moved)(moved_inputs), jax.vmap(plain)(x))
+    steps = after_steps(plain, x) - jax.vmap(plain)(x)
+    others = after_steps(moved, moved_inputs) - jax.vmap(plain)(x)
+    assert jnp.max(jnp.abs(steps)) > 1e-2
+    # What is left is the factors' damping, the root of 1e-14 relative to their smallest eigenvalues.
+    assert_close(others, steps, tolerance=1e-4)

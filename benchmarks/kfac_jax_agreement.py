@@ -60,9 +60,7 @@ def data():
 
 def run_kfax(settings, is_exact, layers, x):
     linear = [eqx.nn.Linear(w.shape[1], w.shape[0], key=jax.random.key(0)) for w, _ in layers]
-    linear = [
-        eqx.tree_at(lambda m: (m.weight, m.bias), m, layer) for m, layer in zip(linear, layers, strict=True)
-    ]
+    linear = [eqx.tree_at(lambda m: (m.weight, m.bias), m, layer) for m, layer in zip(linear, layers, strict=True)]
     model = [each for m in linear for each in (m, eqx.nn.Lambda(jnp.tanh))][:-1]
     block = kfax.KroneckerFactored(inversion=kfax.Eigh() if is_exact else kfax.Cholesky())
     registry = kfax.default_registry.register(eqx.nn.Linear, lambda m: kfax.TaggedLinear(m, block=block))

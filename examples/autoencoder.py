@@ -59,10 +59,8 @@ def make_kfac(is_full):
     auto, rule = kfax.QuadraticModel(), kfax.LevenbergMarquardt(initial=0.1)
     # Mini-batches vary too much for their quadratic models to be trusted, and for inverses of five steps ago.
     alpha, beta, damping, period = (auto, auto, rule, 5) if is_full else (0.1, 0.9, 0.3, 1)
-    coefficients = {"learning_rate": alpha, "momentum": beta, "damping": damping, "l2": L2}
-    optimizer = kfax.Optimizer(
-        loss_fn, **coefficients, preconditioner=kfax.Preconditioner(inverse_update_period=period)
-    )
+    settings = {"damping": damping, "l2": L2, "preconditioner": kfax.Preconditioner(inverse_update_period=period)}
+    optimizer = kfax.Optimizer(loss_fn, learning_rate=alpha, momentum=beta, **settings)
     return optimizer.init, optimizer.step
 
 

@@ -45,11 +45,9 @@ def loss_fn(model, batch, model_state):
 
 def make_kfac(num_steps):
     """K-FAC's functions for the first state, and for a step."""
-    schedule, curvature = optax.cosine_decay_schedule(0.1, num_steps), kfax.BlockDiagonalCurvature(example_axis="batch")
-    optimizer = kfax.Optimizer(
-        loss_fn, learning_rate=schedule, momentum=0.9, damping=0.1, preconditioner=kfax.Preconditioner(curvature)
-    )
-
+    curvature = kfax.Preconditioner(kfax.BlockDiagonalCurvature(example_axis="batch"))
+    fixed = {"momentum": 0.9, "damping": 0.1, "preconditioner": curvature}
+    optimizer = kfax.Optimizer(loss_fn, learning_rate=optax.cosine_decay_schedule(0.1, num_steps), **fixed)
     def init(model, batch, model_state):
         return optimizer.init(model, batch, model_state=model_state)
 

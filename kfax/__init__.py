@@ -105,6 +105,7 @@ from ._preconditioner import (
     PreconditionerState as PreconditionerState,
     Staggered as Staggered,
 )
+from ._presets import full_batch as full_batch, stochastic as stochastic
 from ._quadratic import QuadraticModel as QuadraticModel
 from ._registry import (
     default_registry as default_registry,

@@ -111,6 +111,8 @@ class Rules(eqx.Module):
 
         def measure():
             change = self._predict(present, preconditioner, update, state.step) if predicted is None else predicted
+            if isinstance(self.rule, LevenbergMarquardt) and self.rule.includes_damping:
+                change += damping * dot(update, update) / 2
             return change.astype(dtype), present.loss_at(new).astype(dtype)
 
         def do_not_measure():

@@ -124,7 +124,7 @@ class LevenbergMarquardt(DampingRule):
     r"""Raises and lowers λ by how well the quadratic model predicts the change of the loss.
 
     Every `period` steps the loss h is computed again after the step δ, on the same batch, and compared with the
-    prediction of the (undamped) quadratic model M:
+    prediction of the quadratic model M, by default without damping:
 
     $$\rho = \frac{h(\theta + \delta) - h(\theta)}{M(\delta) - M(0)}$$
 
@@ -135,8 +135,8 @@ class LevenbergMarquardt(DampingRule):
     otherwise, unless `exact_model` says so: that costs a forward pass of derivatives on the steps that need it.
 
     ??? cite "Source"
-        Martens & Grosse 2015, arXiv:1503.05671, section 6.5. Differs: the paper's M includes λ‖δ‖²/2, here only the
-        regularizer of the loss itself is included.
+        Martens & Grosse 2015, arXiv:1503.05671, section 6.5. Differs: the paper's M includes λ‖δ‖²/2; here it does
+        if asked to.
     """
 
     initial: Scalar
@@ -147,6 +147,7 @@ class LevenbergMarquardt(DampingRule):
     maximum: Scalar
     period: int = eqx.field(static=True)
     exact_model: bool = eqx.field(static=True)
+    includes_damping: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -159,6 +160,7 @@ class LevenbergMarquardt(DampingRule):
         minimum: ArrayLike = 1e-8,
         maximum: ArrayLike = jnp.inf,
         exact_model: bool = False,
+        includes_damping: bool = False,
     ):
         """**Arguments:**
 
@@ -169,6 +171,7 @@ class LevenbergMarquardt(DampingRule):
         - `lower`, `upper`: thresholds of the reduction ratio. The defaults are those of the paper.
         - `minimum`, `maximum`: bounds for λ. [loss/param²]
         - `exact_model`: whether to predict with the exact curvature also where nothing else asks for it.
+        - `includes_damping`: whether M includes λ‖δ‖²/2, as in the source.
 
         **Raises:** `ValueError` for values out of their range.
         """
@@ -182,6 +185,7 @@ class LevenbergMarquardt(DampingRule):
         self.maximum = positive("maximum", maximum)
         self.period = period
         self.exact_model = exact_model
+        self.includes_damping = includes_damping
 
     def init(self) -> Scalar:
         return self.initial

@@ -89,8 +89,8 @@ class StepInfo(eqx.Module):
     - `update_norm`: of the change of the parameters. [param]
     - `learning_rate`, `momentum`: the coefficients that were used.
     - `damping`: λ of this step. [loss/param²]
-    - `predicted_change`: the change of the objective that the quadratic model predicts, without damping. NaN on steps
-        that had no use for it.
+    - `predicted_change`: the change of the objective that the quadratic model predicts. NaN on steps that had no use
+        for it.
     - `reduction_ratio`: the actual change over the predicted one. NaN on steps that did not measure it.
     - `layers`: norms of single layers, by path, if the optimizer was told to report them.
     - `model_state`: the new one, if `loss_fn` returned one.

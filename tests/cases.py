@@ -180,11 +180,24 @@ def make_case(model: Any = "mlp", loss="softmax", use_bias=True, num_examples=6,
     return Case(tagged, loss_fn, row.one, x, y)
 
 
-def grid(slow=lambda *row: False, **axes):
-    """`pytest.mark.parametrize` over the product of the given axes, with readable ids; some rows may be slow."""
+def grid(slow=lambda *row: False, thin=1, **axes):
+    """`pytest.mark.parametrize` over the product of the given axes, with readable ids; some rows may be slow.
 
-    def parameter(row):
-        marks = [pytest.mark.combination, *([pytest.mark.slow] if slow(*row) else [])]
-        return pytest.param(*row, id="-".join(str(value) for value in row), marks=marks)
+    With `thin=k` one row in k is not: those whose places along the axes add up to a multiple of k, so that every value
+    of an axis with others to go with occurs.
+    """
 
-    return pytest.mark.parametrize(",".join(axes), [parameter(row) for row in itertools.product(*axes.values())])
+    def parameter(places, row):
+        is_slow = slow(*row) or sum(places) % thin
+        marks = [pytest.mark.combination, *([pytest.mark.slow] if is_slow else [])]
+        return pytest.param(*row, id="-".join(name_of(value) for value in row), marks=marks)
+
+    values = [list(axis) for axis in axes.values()]
+    places = itertools.product(*(range(len(axis)) for axis in values))
+    rows = zip(places, itertools.product(*values), strict=True)
+    return pytest.mark.parametrize(",".join(axes), [parameter(*row) for row in rows])
+
+
+def name_of(value):
+    """For ids, which must be the same in every process."""
+    return getattr(value, "__name__", str(value))

@@ -11,7 +11,7 @@ from cases import grid, LOSSES, make_case, MODELS
 import kfax
 
 
-@grid(model=MODELS, loss=LOSSES)
+@grid(thin=2, model=MODELS, loss=LOSSES)
 def test_clean_models_pass(model, loss):
     case = make_case(model, loss)
     kfax.check(case.loss_fn, case.model, case.batch)

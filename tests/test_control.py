@@ -312,7 +312,7 @@ class WithQuirk(eqx.Module):
         return self.head(second["y"])
 
 
-@grid(block=["Full", "Diagonal"], axis=[None, "batch"])
+@grid(thin=2, block=["Full", "Diagonal"], axis=[None, "batch"])
 def test_any_module_by_its_gradients(block, axis):
     quirk = Quirk(jnp.linspace(0.5, 1.5, 3), jax.random.normal(KEYS[0], (4, 3)))
     plain = WithQuirk(quirk, eqx.nn.Linear(3, 2, key=KEYS[1]))
@@ -365,7 +365,7 @@ def test_a_tagged_module_must_be_a_module():
 # -- state --
 
 
-@grid(block=["UnitWise", "Diagonal"])
+@grid(thin=2, block=["UnitWise", "Diagonal"])
 def test_batch_norm_in_a_sequence_is_trained_with_its_state(block):
     def build(key):
         keys = jax.random.split(key, 2)

@@ -30,7 +30,7 @@ def exponential(f, y):
 # -- function_loss --
 
 
-@grid(event_ndim=[0, 1, 2])
+@grid(thin=2, event_ndim=[0, 1, 2])
 def test_axes_of_an_event(event_ndim):
     """The last axes are the function's, those before are positions."""
     f, y = random(1, 5, 2, 3), random(2, 5, 2, 3)
@@ -269,7 +269,8 @@ def loss_of(case, dtype=jnp.float64, **options):
 
 
 @grid(
-    lambda loss, dtype: loss not in ("poisson", "gaussian_nll") and dtype == "float32",
+    thin=2,
+    slow=lambda loss, dtype: loss not in ("poisson", "gaussian_nll") and dtype == "float32",
     loss=ALL_LOSSES,
     dtype=["float32", "float64"],
 )
@@ -477,7 +478,9 @@ def test_learned_variances_with_the_quadratic_model():
         "learning_rate": auto,
         "momentum": auto,
         "damping": kfax.LevenbergMarquardt(initial=1.0),
-        "estimator": kfax.BlockDiagonalCurvature(kfax.CurvaturePropagation(source=kfax.ExactFisher())),
+        "preconditioner": kfax.Preconditioner(
+            kfax.BlockDiagonalCurvature(kfax.CurvaturePropagation(source=kfax.ExactFisher()))
+        ),
     }
     optimizer = kfax.Optimizer(loss_fn, **settings)
     state, losses = optimizer.init(model, x), []

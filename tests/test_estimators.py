@@ -85,7 +85,7 @@ class AllLabels(kfax.CotangentSource):
 # -- exact case 1: one datum --
 
 
-@grid(model=UNSHARED, loss=LOSSES, use_bias=[True, False])
+@grid(thin=3, model=UNSHARED, loss=LOSSES, use_bias=[True, False])
 def test_one_example_is_exact(model, loss, use_bias):
     case = make_case(model, loss, use_bias, num_examples=1)
     if model == "mlp-scan":  # the stacked hidden layers are several blocks at one path
@@ -190,7 +190,7 @@ class Pointwise(eqx.Module):
         return jax.vmap(self.network)(x)
 
 
-@grid(loss=LOSSES, average=[False, True])
+@grid(thin=2, loss=LOSSES, average=[False, True])
 def test_outputs_of_more_axes_equal_the_flattened_batch(loss, average):
     n, t = 4, 3
     row = LOSSES[loss]
@@ -217,7 +217,7 @@ def test_outputs_of_more_axes_equal_the_flattened_batch(loss, average):
 # -- exact case 12: enumeration --
 
 
-@grid(loss=LOSSES, model=["mlp", "attention"])
+@grid(thin=2, loss=LOSSES, model=["mlp", "attention"])
 def test_all_signs_give_the_exact_ggn(loss, model):
     case = make_case(model, loss)
     assert_close(dense(case, source=AllSigns()), dense(case))
@@ -230,7 +230,7 @@ def test_all_labels_give_the_exact_ggn(model):
 
 
 @pytest.mark.parametrize("source", [kfax.SampledFisher(), kfax.CurvaturePropagation()], ids=["sampled", "signs"])
-@grid(loss=LOSSES)
+@grid(thin=2, loss=LOSSES)
 def test_sources_are_unbiased(loss, source):
     case = make_case("mlp", loss, num_examples=2)
     exact = dense(case)
@@ -244,7 +244,7 @@ def test_sources_are_unbiased(loss, source):
 # -- the factors in general --
 
 
-@grid(model=MODELS, sharing=["Expand", "Reduce"], axis=[None, "batch"])
+@grid(thin=4, model=MODELS, sharing=["Expand", "Reduce"], axis=[None, "batch"])
 def test_factors_equal_explicit_rows(model, sharing, axis):
     """A, G and R of every layer, one example, one output and one use at a time."""
     use_bias = axis is None
@@ -382,7 +382,7 @@ def test_several_losses_add_up():
     assert j.shape == (6, 3, sum(leaf.size for leaf in jax.tree.leaves(parameters(case.model))))
 
 
-@grid(loss=LOSSES)
+@grid(thin=2, loss=LOSSES)
 def test_a_multiple_of_the_loss_gives_a_multiple_of_the_curvature(loss):
     case = make_case("attention", loss)
     scaled = make_case("attention", loss)
@@ -390,7 +390,7 @@ def test_a_multiple_of_the_loss_gives_a_multiple_of_the_curvature(loss):
     assert_close(dense(scaled), 5 * dense(case))
 
 
-@grid(model=MODELS, sharing=["Expand", "Reduce"])
+@grid(thin=2, model=MODELS, sharing=["Expand", "Reduce"])
 def test_masked_examples_do_not_count(model, sharing):
     case = make_case(model, "softmax", sharing=getattr(kfax, sharing)())
     keep = jnp.array([True, False, True, True, False, True])
@@ -405,7 +405,7 @@ def test_masked_examples_do_not_count(model, sharing):
 # -- solve, multiply, refresh --
 
 
-@grid(model=MODELS)
+@grid(thin=2, model=MODELS)
 def test_solve_inverts_the_damped_factors(model):
     case = make_case(model, "softmax")
     estimator, state = estimate(case)
@@ -424,10 +424,10 @@ def test_solve_inverts_the_damped_factors(model):
             assert_close(damped @ after.reshape(-1), before.reshape(-1), tolerance=1e-9)
     # Neither statistics nor an estimate that was not refreshed change.
     assert eqx.tree_equal(refreshed.average, state.average)
-    assert eqx.tree_equal(estimator.solve(state, vector), vector)
+    assert all(bool(jnp.all(leaf == 0)) for leaf in jax.tree.leaves(estimator.solve(state, vector)))
 
 
-@grid(model=MODELS)
+@grid(thin=2, model=MODELS)
 def test_multiply_and_eigenvalues_are_those_of_the_dense_matrix(model):
     case = make_case(model, "softmax")
     estimator, state = estimate(case)
@@ -462,7 +462,7 @@ def test_batch_size_may_change():
         state = new
 
 
-@grid(model=["attention", "mlp-scan"], sharing=["Expand", "Reduce"])
+@grid(thin=2, model=["attention", "mlp-scan"], sharing=["Expand", "Reduce"])
 def test_jit_scan_and_checkpoint_change_nothing(model, sharing):
     case = make_case(model, "softmax", sharing=getattr(kfax, sharing)())
     _, expected = estimate(case)
@@ -531,7 +531,7 @@ def test_program_size_does_not_grow_with_the_number_of_classes():
     assert size(1000) == size(10)
 
 
-@grid(model=MODELS)
+@grid(thin=2, model=MODELS)
 def test_gram_of_the_exact_ggn(model):
     case = make_case(model, "softmax")
     p = parameters(case.model)
@@ -573,14 +573,14 @@ def _is_exact(network, sharing):
     return float(jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact))
 
 
-@grid(use_bias=[True, False])
+@grid(thin=2, use_bias=[True, False])
 def test_expand_is_exact_where_positions_have_losses_of_their_own(use_bias):
     network = LinearPositions(jax.random.key(0), None, use_bias)
     assert _is_exact(network, kfax.Expand()) < 1e-10
     assert _is_exact(network, kfax.Reduce()) > 0.01
 
 
-@grid(pool=["sum", "mean"], use_bias=[True, False])
+@grid(thin=2, pool=["sum", "mean"], use_bias=[True, False])
 def test_reduce_is_exact_where_positions_are_pooled(pool, use_bias):
     network = LinearPositions(jax.random.key(0), getattr(jnp, pool), use_bias)
     assert _is_exact(network, kfax.Reduce()) < 1e-10
@@ -596,7 +596,7 @@ class Convolutional(eqx.Module):
         return jnp.mean(y, axis=1) if self.pooled else y.T
 
 
-@grid(use_bias=[True, False], padding=[0, 1])
+@grid(thin=2, use_bias=[True, False], padding=[0, 1])
 def test_convolutions_are_exact_in_the_linear_case(use_bias, padding):
     conv = eqx.nn.Conv1d(2, 3, 2, padding=padding, use_bias=use_bias, key=jax.random.key(0))
     for pooled, good, bad in [(False, kfax.Expand(), kfax.Reduce()), (True, kfax.Reduce(), kfax.Expand())]:

@@ -62,7 +62,11 @@ def flat(tree):
 
 # `test_combinations` has every loss with every matrix; here it is the models that differ.
 @grid(
-    slow=lambda model, loss, source: loss != "softmax" or source == "fisher", model=MODELS, loss=LOSSES, source=SOURCES
+    thin=3,
+    slow=lambda model, loss, source: loss != "softmax" or source == "fisher",
+    model=MODELS,
+    loss=LOSSES,
+    source=SOURCES,
 )
 def test_implicit_is_explicit_is_dense(model, loss, source):
     case = make_case(model, loss)
@@ -81,7 +85,7 @@ def test_implicit_is_explicit_is_dense(model, loss, source):
     assert_close(eqx.filter_jit(implicit.gram)(state, [v, w]), pair @ expected @ pair.T)
 
 
-@grid(loss=LOSSES, source=["ggn", "fisher", "empirical"])
+@grid(thin=2, loss=LOSSES, source=["ggn", "fisher", "empirical"])
 def test_factor_products(loss, source):
     case = make_case("mlp", loss)
     estimator = kfax.ImplicitExactCurvature(SOURCES[source])
@@ -277,7 +281,7 @@ def test_explicit_inverse_power_and_spectrum(inversion):
     case = make_case("mlp", "softmax")
     estimator = kfax.ExplicitExactCurvature(inversion={"cholesky": kfax.Cholesky(), "eigh": kfax.Eigh()}[inversion])
     state, p, v = updated(estimator, case), parameters(case.model), like(case, 1)
-    assert_close(estimator.solve(estimator.init(case.model), v), v)
+    assert not jnp.any(flat(estimator.solve(estimator.init(case.model), v)))
     expected = truth(case, "ggn")
     eye, (values, vectors) = jnp.eye(len(expected)), jnp.linalg.eigh(expected)
     refreshed = estimator.refresh(state, p, 0.1)
@@ -385,7 +389,7 @@ def test_implicit_solve_says_if_it_does_not_converge():
     assert_close(flat(general.solve(state, v)), expected, tolerance=1e-6)  # what GMRES is asked for
 
 
-@grid(dtypes=["mixed", "bfloat16"])
+@grid(thin=2, dtypes=["mixed", "bfloat16"])
 def test_half_precision_parameters(dtypes):
     """Solvers work in float32 at least, whatever the parameters are."""
     case = make_case("mlp", "softmax")
@@ -425,7 +429,7 @@ def test_implicit_integer_powers(exponent):
     assert_close(flat(found), expected @ flat(v), tolerance=1e-8)
 
 
-@grid(estimator=["blocks", "explicit", "implicit"])
+@grid(thin=2, estimator=["blocks", "explicit", "implicit"])
 def test_a_damping_for_each_block(estimator):
     case = make_case("mlp", "squared")
     made = {
@@ -454,7 +458,7 @@ def test_a_damping_for_each_block(estimator):
 # -- as linear operators --
 
 
-@grid(estimator=["blocks", "explicit", "implicit"])
+@grid(thin=2, estimator=["blocks", "explicit", "implicit"])
 def test_lineax_solves_with_every_operator(estimator):
     case = make_case("attention", "softmax")
     made = {
@@ -495,7 +499,7 @@ def test_a_preconditioner_saves_iterations():
 # -- the whole model's eigendecomposition --
 
 
-@grid(model=MODELS)
+@grid(thin=2, model=MODELS)
 def test_eigendecomposition_of_blocks(model):
     case = make_case(model, "softmax")
     estimator = kfax.BlockDiagonalCurvature(kfax.ExactGGN(), example_axis="batch")
@@ -549,7 +553,7 @@ def test_the_optimizer_refreshes_an_implicit_estimator_now_and_then():
     assert losses == sorted(losses, reverse=True)
 
 
-@grid(estimator=["cholesky", "eigh", "implicit", "preconditioned"])
+@grid(thin=2, estimator=["cholesky", "eigh", "implicit", "preconditioned"])
 def test_a_newton_step_solves_a_linear_regression(estimator):
     solver = lx.CG(rtol=1e-13, atol=1e-13)
     made = {
@@ -582,7 +586,7 @@ def test_a_newton_step_solves_a_linear_regression(estimator):
 # -- without tags --
 
 
-@grid(source=SOURCES)
+@grid(thin=2, source=SOURCES)
 def test_exact_estimators_need_no_tags(source):
     case = make_case("mlp", "softmax")
     plain, v = kfax.untag(case.model), like(case, 1)

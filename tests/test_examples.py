@@ -10,20 +10,24 @@ import pytest
 EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
 VARIANTS = {
     "digits_classifier": [[]],
-    "autoencoder": [[], ["--batch-size", "64"], ["--data", "curves"]],
+    "autoencoder": [["--batch-size", "64"], ["--data", "curves"], []],
     "transformer": [[]],
     "convnet": [[]],
-    "curvature_spectrum": [["--width", "20"], []],
+    "curvature_spectrum": [[], ["--width", "20"]],
 }
+# These are run by tests of their own.
+OTHERS = ("resume",)
 # What is printed, if not a comparison of optimizers.
 PRINTED = {"curvature_spectrum": ("K-FAC", "exact GGN", "full blocks", "trace")}
+# These take most of a minute to compile.
+LONG = ("convnet", "transformer")
 # Of an example with several variants all but the last are slow.
 RUNS = [
-    pytest.param(path, options, id=" ".join([path.stem, *options]), marks=[] if options is last else [pytest.mark.slow])
+    pytest.param(path, options, id=" ".join([path.stem, *options]), marks=[] if is_short else [pytest.mark.slow])
     for path in EXAMPLES
-    for variants in [VARIANTS[path.stem]]
-    for last in [variants[-1]]
-    for options in variants
+    if path.stem not in OTHERS
+    for options in VARIANTS[path.stem]
+    for is_short in [options is VARIANTS[path.stem][-1] and path.stem not in LONG]
 ]
 
 

@@ -54,7 +54,7 @@ def weighted_mean(one, outputs, targets, weights, mask=None):
     return total / jnp.sum(weights)
 
 
-@grid(rarer, loss=ALL_LOSSES, shape=SHAPES, scale=SCALES, masked=[False, True])
+@grid(slow=rarer, thin=3, loss=ALL_LOSSES, shape=SHAPES, scale=SCALES, masked=[False, True])
 def test_value_and_gradient(loss, shape, scale, masked):
     mask = position_mask(shape) if masked else None
     weights = SCALES[scale].get("weights", jnp.ones(5))
@@ -91,7 +91,7 @@ def matrices(made, names):
     return images(made)
 
 
-@grid(rarer, loss=GGN_LOSSES, shape=SHAPES, scale=SCALES, masked=[False, True])
+@grid(slow=rarer, thin=2, loss=GGN_LOSSES, shape=SHAPES, scale=SCALES, masked=[False, True])
 def test_factor_is_a_square_root_of_the_hessian(loss, shape, scale, masked):
     mask = position_mask(shape) if masked else None
     made, _, outputs, targets = make(loss, shape, mask=mask, **SCALES[scale])
@@ -135,7 +135,8 @@ def test_mean_over_positions_averages_over_all_that_count(loss, shape):
 
 
 @grid(
-    lambda _, weighted, masked, __: weighted != masked,
+    thin=2,
+    slow=lambda _, weighted, masked, __: weighted != masked,
     loss=ALL_LOSSES,
     weighted=[True, False],
     masked=[True, False],

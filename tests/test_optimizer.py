@@ -80,6 +80,7 @@ def test_eager_equals_jit(kind):
 
 
 @grid(
+    thin=2,
     slow=lambda kind, model: model == "attention" and kind not in ("adaptive", "amortized"),
     kind=KINDS,
     model=["mlp-scan", "attention"],
@@ -100,6 +101,7 @@ def test_jit_equals_scan(kind, model):
 
 
 @grid(
+    thin=2,
     slow=lambda kind, model: model == "mlp-scan" and kind != "amortized",
     kind=["adaptive", "amortized", "random"],
     model=["mlp", "mlp-scan"],
@@ -258,7 +260,7 @@ def test_one_undamped_step_solves_a_regression(use_bias, source):
     assert (after < 1e-4) == (source == "ExactGGN")
 
 
-@grid(learning_rate=["model", 0.3], momentum=["model", 0.5])
+@grid(thin=2, learning_rate=["model", 0.3], momentum=["model", 0.5])
 def test_coefficients_minimize_the_damped_model_and_the_ratio_compares(learning_rate, momentum):
     """Against a dense computation of the whole step on a nonlinear network."""
     case = make_case("mlp", "softmax", num_examples=9)

@@ -299,3 +299,15 @@ def test_a_step_does_not_depend_on_affine_maps_of_the_inputs():
     assert jnp.max(jnp.abs(steps)) > 1e-2
     # What is left is the factors' damping, the root of 1e-14 relative to their smallest eigenvalues.
     assert_close(others, steps, tolerance=1e-4)
+
+
+def test_levenberg_marquardt_may_include_the_damping():
+    case = make_case("mlp", "softmax")
+    plain, damped = (kfax.LevenbergMarquardt(0.5, period=1, includes_damping=flag) for flag in (False, True))
+    infos = [
+        train(make(case.loss_fn, kfax.Preconditioner(EXACT), damping=rule), case.model, [case.batch])[0][3]
+        for rule in (plain, damped)
+    ]
+    assert_close(infos[1].predicted_change, infos[0].predicted_change + 0.25 * infos[0].update_norm ** 2)
+    actual = [info.reduction_ratio * info.predicted_change for info in infos]
+    assert_close(actual[1], actual[0])

@@ -75,7 +75,7 @@ def held(state):
 # -- what is not finite --
 
 
-@grid(kind=KINDS, where=["inputs", "targets"])
+@grid(thin=3, kind=KINDS, where=["inputs", "targets"])
 def test_a_batch_of_nans_changes_nothing(kind, where):
     model, (x, y) = small_case()
     bad = (x * jnp.nan, y) if where == "inputs" else (x, y * jnp.nan)
@@ -102,7 +102,7 @@ def test_a_first_batch_of_nans():
     assert is_finite(history[-1][0])
 
 
-@grid(kind=KINDS)
+@grid(thin=2, kind=KINDS)
 def test_batches_of_zeros_and_of_one_example(kind):
     model, (x, y) = small_case()
     same = (jnp.broadcast_to(x[:1], x.shape), jnp.broadcast_to(y[:1], y.shape))
@@ -112,7 +112,7 @@ def test_batches_of_zeros_and_of_one_example(kind):
     assert history[-1][2].loss < history[3][2].loss
 
 
-@grid(kind=KINDS, dtype=[jnp.float32, jnp.bfloat16])
+@grid(thin=3, kind=KINDS, dtype=[jnp.float32, jnp.bfloat16])
 def test_hardly_any_damping_in_low_precision(kind, dtype):
     """Nothing says that this trains well. It must not break."""
     if kind == "rejecting":

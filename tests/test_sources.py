@@ -140,7 +140,7 @@ def is_known(source, names):
     return source not in NEEDS or all(getattr(ALL_LOSSES[name], NEEDS[source]) for name in names)
 
 
-@grid(source=SOURCES, losses=TUPLES)
+@grid(thin=3, source=SOURCES, losses=TUPLES)
 def test_products_are_those_of_the_cotangents(source, losses):
     made = make_losses(TUPLES[losses])
     number = SOURCES[source].num_cotangents(made)

@@ -56,6 +56,7 @@ def fold(update, estimator, model, parts, *arrays):
 
 
 @grid(
+    thin=2,
     slow=lambda name, weighted: not weighted and name not in ("expand", "full"),
     name=ESTIMATORS,
     weighted=[False, True],

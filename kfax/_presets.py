@@ -1,0 +1,83 @@
+"""Two settings of the optimizer that work in most cases, with their reasons."""
+
+from collections.abc import Callable
+
+from jaxtyping import ArrayLike
+
+from ._damping import LevenbergMarquardt, RelativeDamping
+from ._estimators import CurvatureEstimator
+from ._l2 import L2
+from ._optimizer import Optimizer
+from ._preconditioner import Preconditioner, Staggered
+from ._quadratic import QuadraticModel
+from ._rescale import NormConstraint, Rejection
+from ._types import Schedule, Where
+
+
+def full_batch(
+    loss_fn: Callable,
+    *,
+    l2: ArrayLike | L2 = 0.0,
+    estimator: CurvatureEstimator | None = None,
+    frozen: Where | None = None,
+) -> Optimizer:
+    """An optimizer for batches that are the data set, or a large part of it: nothing to tune.
+
+    Learning rate and momentum minimize the exact quadratic model ([`kfax.QuadraticModel`][]), since on so many examples
+    it can be trusted. λ starts at the mean eigenvalue of the curvature, whatever the scale of the loss, and is adapted
+    by [`kfax.LevenbergMarquardt`][], with a factor of 0.9 for each step so that it gets from a wrong start to where it
+    belongs within some ten steps. Steps that raise the loss are undone, and λ raised.
+
+    ??? cite "Source"
+        Martens & Grosse 2015, arXiv:1503.05671, algorithm 2. Differs: the relative λ, its faster adaptation, and
+        rejection.
+
+    **Arguments:** as for [`kfax.Optimizer`][], and `estimator` as for [`kfax.Preconditioner`][].
+
+    **Returns:** a [`kfax.Optimizer`][].
+    """
+    auto = QuadraticModel()
+    return Optimizer(
+        loss_fn,
+        learning_rate=auto,
+        momentum=auto,
+        damping=RelativeDamping(LevenbergMarquardt(1.0, decay=0.9, period=5)),
+        l2=l2,
+        preconditioner=Preconditioner(estimator, inverse_update_period=5),
+        rejection=Rejection(),
+        frozen=frozen,
+    )
+
+
+def stochastic(
+    loss_fn: Callable,
+    *,
+    learning_rate: ArrayLike | Schedule,
+    l2: ArrayLike | L2 = 0.0,
+    estimator: CurvatureEstimator | None = None,
+    frozen: Where | None = None,
+) -> Optimizer:
+    """An optimizer for mini-batches: one learning rate to choose, best with a schedule that decays.
+
+    On a mini-batch neither its quadratic model nor the change of its own loss says much about the loss, so nothing is
+    chosen by them. λ is a tenth of the mean eigenvalue of the curvature. A [`kfax.NormConstraint`][] of 0.01 keeps
+    steps in reach of the quadratic model while the curvature changes quickly, which takes the place of a warmup.
+    Inverses are renewed over 10 steps, some at each of them.
+
+    ??? cite "Source"
+        Ba, Grosse & Martens 2017, "Distributed second-order optimization using Kronecker-factored approximations",
+        for the constraint; Grosse et al. 2023, arXiv:2308.03296, for the damping.
+
+    **Arguments:** as for [`kfax.Optimizer`][], and `estimator` as for [`kfax.Preconditioner`][].
+
+    **Returns:** a [`kfax.Optimizer`][].
+    """
+    return Optimizer(
+        loss_fn,
+        learning_rate=NormConstraint(learning_rate, 1e-2),
+        momentum=0.9,
+        damping=RelativeDamping(0.1),
+        l2=l2,
+        preconditioner=Preconditioner(estimator, inverse_update_period=Staggered(10)),
+        frozen=frozen,
+    )

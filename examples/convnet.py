@@ -48,6 +48,7 @@ def make_kfac(num_steps):
     curvature = kfax.Preconditioner(kfax.BlockDiagonalCurvature(example_axis="batch"))
     fixed = {"momentum": 0.9, "damping": 0.1, "preconditioner": curvature}
     optimizer = kfax.Optimizer(loss_fn, learning_rate=optax.cosine_decay_schedule(0.1, num_steps), **fixed)
+
     def init(model, batch, model_state):
         return optimizer.init(model, batch, model_state=model_state)
 
@@ -59,7 +60,6 @@ def make_kfac(num_steps):
 
 
 def make_adam(num_steps, rate):
-    """Adam's, with a schedule of the same shape."""
     adam = optax.adam(optax.cosine_decay_schedule(rate, num_steps))
 
     def objective(model, batch, model_state):

@@ -12,7 +12,7 @@ from ._present import Present
 from ._quadratic import QuadraticModel
 from ._rescale import NormConstraint, Rejection
 from ._scalars import scheduled
-from ._step import OptimizerState, StepInfo, StepResult
+from ._step import layer_norms, OptimizerState, StepInfo, StepResult
 from ._tree import all_finite, combine, cond, dot, norm, select, zeros_like
 from ._types import Counter, Parameters, Scalar, Schedule
 
@@ -38,8 +38,9 @@ class Attempt(eqx.Module):
     - `descent`: the preconditioned gradient, downwards.
     - `coefficients`: learning rate and momentum.
     - `preconditioner`: its state, refreshed if that was due.
-    - `failed`: whether an inverse failed.
+    - `failed`: whether an inverse failed, or there is none yet.
     - `number`: what the damping rule said.
+    - `is_given`: whether another one was taken.
     - `damping`: λ.
     - `is_measured`: whether the following are known.
     - `change`: of the objective, as predicted; may be known in any case.
@@ -54,6 +55,7 @@ class Attempt(eqx.Module):
     preconditioner: PreconditionerState
     failed: Bool[Array, ""]
     number: Scalar
+    is_given: bool = eqx.field(static=True)
     damping: Scalar
     is_measured: Bool[Array, ""]
     change: Scalar
@@ -83,24 +85,18 @@ class Rules(eqx.Module):
         damping, own = self.preconditioner.dampings(self.damping, number, state.preconditioner, parameters, state.step)
         return damping, {key: own + eta for key, eta in l2.items()} if isinstance(l2, dict) else own + l2
 
-    def attempt(
-        self, present: Present, state: OptimizerState, given: Given, is_measured: bool, is_stale: bool = False
-    ) -> Attempt:
+    def attempt(self, present: Present, state: OptimizerState, given: Given, is_measured: bool) -> Attempt:
         """**Arguments:**
 
         - `present`: the objective.
         - `state`: with the batch in its estimate of the curvature.
         - `given`: what is not to be chosen.
         - `is_measured`: whether to evaluate the objective after the step, also if the damping rule does not ask for it.
-        - `is_stale`: whether to refresh all inverses, also if they are not due.
         """
         parameters = present.problem.parameters
         l2 = present.l2.damping(present.mask, parameters)
         damping, damped = self.dampings(state, parameters, l2, given.damping)
-        stale = is_stale if state.is_stale is None else state.is_stale | is_stale
-        preconditioner, failed = self.preconditioner.maybe_refresh(
-            state.preconditioner, parameters, damped, state.step, stale
-        )
+        preconditioner, failed = self.preconditioner.maybe_refresh(state.preconditioner, parameters, damped, state.step)
         descent = combine((-1,), (self.preconditioner.apply(preconditioner, present.gradient, damped),))
         directions = (descent, state.velocity)
         coefficients, predicted = self._coefficients(present, given, damping, directions, state.step)
@@ -111,8 +107,6 @@ class Rules(eqx.Module):
 
         def measure():
             change = self._predict(present, preconditioner, update, state.step) if predicted is None else predicted
-            if isinstance(self.rule, LevenbergMarquardt) and self.rule.includes_damping:
-                change += damping * dot(update, update) / 2
             return change.astype(dtype), present.loss_at(new).astype(dtype)
 
         def do_not_measure():
@@ -120,14 +114,17 @@ class Rules(eqx.Module):
 
         wanted = is_measured or self.rule.wants_ratio(state.step)
         change, after = do_not_measure() if wanted is False else cond(wanted, measure, do_not_measure)
+        if isinstance(self.rule, LevenbergMarquardt) and self.rule.includes_damping:
+            change += (damping * dot(update, update) / 2).astype(dtype)
         return Attempt(
             parameters=new,
             update=update,
             descent=descent,
             coefficients=coefficients,
             preconditioner=preconditioner,
-            failed=failed,
-            number=self._number(state, given.damping),
+            failed=failed | _is_stuck(present.gradient, descent),
+            number=self._number(state, None),
+            is_given=given.damping is not None,
             damping=damping,
             is_measured=jnp.asarray(wanted),
             change=change,
@@ -135,8 +132,22 @@ class Rules(eqx.Module):
             ratio=(after - present.loss) / change,
         )
 
+    def adjusted(self, attempt: Attempt, wanted: Bool[Array, ""] | bool, undone: Bool[Array, ""]) -> Scalar:
+        """What the damping rule makes of a step, if it is wanted; and of one that is undone in any case."""
+        if attempt.is_given:
+            return attempt.number
+        # Where no decrease was predicted the ratio says nothing.
+        tells = undone | (wanted & ~(attempt.change >= 0))
+        new = self.rule.update(attempt.number, jnp.where(undone, jnp.nan, attempt.ratio))
+        return jnp.where(tells, new, attempt.number)
+
     def conclude(
-        self, present: Present, state: OptimizerState, attempt: Attempt, bad_curvature: Bool[Array, ""]
+        self,
+        present: Present,
+        state: OptimizerState,
+        attempt: Attempt,
+        bad_curvature: Bool[Array, ""],
+        report_layers: bool,
     ) -> tuple[Parameters, OptimizerState, StepInfo]:
         """Takes the proposed step if it is good; parameters, state and report after it."""
         is_good, is_finite = present.is_good, all_finite(attempt.parameters)
@@ -144,17 +155,20 @@ class Rules(eqx.Module):
         is_bad_step = attempt.is_measured & ~accept(attempt.after)
         accepted = is_good & is_finite & ~is_bad_step
         undone = is_good & ~accepted
-        adjusted = self.rule.update(attempt.number, jnp.where(undone, jnp.nan, attempt.ratio))
-        is_due = is_good & (undone | self.rule.wants_ratio(state.step))
-        stay = select(is_good & ~is_finite, zeros_like(state.velocity), state.velocity)
+        # A velocity that led nowhere, and not for the first time, is what may have to go.
+        again = ~is_finite | state.was_undone | (self.rejection is None)
+        stay = select(undone & again, zeros_like(state.velocity), state.velocity)
+        stale = attempt.preconditioner.is_stale | undone
+        adjusted = self.adjusted(attempt, self.rule.wants_ratio(state.step), undone)
         new_state = OptimizerState(
             step=state.step + 1,
-            damping=jnp.where(is_due, adjusted, jnp.where(is_good, attempt.number, state.damping)),
+            damping=jnp.where(is_good, adjusted, state.damping),
             velocity=select(accepted, attempt.update, stay),
-            preconditioner=attempt.preconditioner,
-            is_stale=None if state.is_stale is None else jnp.where(is_good, undone, state.is_stale),
+            preconditioner=eqx.tree_at(lambda p: p.is_stale, attempt.preconditioner, stale),
+            was_undone=jnp.where(is_good, undone, state.was_undone),
         )
         applied = select(accepted, attempt.update, zeros_like(attempt.update))
+        vectors = (present.problem.parameters, present.gradient, attempt.descent, applied)
         return (
             select(accepted, attempt.parameters, present.problem.parameters),
             new_state,
@@ -175,7 +189,7 @@ class Rules(eqx.Module):
                 damping=attempt.damping,
                 predicted_change=attempt.change,
                 reduction_ratio=attempt.ratio,
-                layers=None,
+                layers=layer_norms(*vectors) if report_layers else None,
                 model_state=_keep(accepted, present.model_state, present.problem.model_state),
                 aux=present.aux,
             ),
@@ -230,6 +244,11 @@ def _choose(name: str, coefficient: Coefficient, given: Scalar | None, step: Cou
     if callable(coefficient):
         return scheduled(name, coefficient, step)
     return coefficient
+
+
+def _is_stuck(gradient: Parameters, descent: Parameters) -> Bool[Array, ""]:
+    """Whether there is no inverse yet."""
+    return (dot(descent, descent) == 0) & (dot(gradient, gradient) > 0)
 
 
 def _first(*cases: tuple[Bool[Array, ""], StepResult]) -> StepResult:

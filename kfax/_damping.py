@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
 from ._scalars import positive, scalar, scheduled, within_unit
+from ._tree import is_traced
 from ._types import Counter, Scalar, Schedule
 
 
@@ -103,9 +104,7 @@ class DampingMultiple(DampingRule):
         self.factor = positive("factor", factor)
 
     def init(self) -> Scalar:
-        raise ValueError(
-            "`kfax.DampingMultiple` is a multiple of the optimizer's damping: give it as `preconditioner_damping=`."
-        )
+        raise ValueError("`kfax.DampingMultiple` has no λ of its own.")
 
     def value(self, stored: Scalar, step: Counter) -> Scalar:
         del step
@@ -128,8 +127,9 @@ class LevenbergMarquardt(DampingRule):
 
     $$\rho = \frac{h(\theta + \delta) - h(\theta)}{M(\delta) - M(0)}$$
 
-    λ is multiplied by `decay ** period` if ρ > `upper`, and divided by it if ρ < `lower` or not a number. A step after
-    which the loss is not finite is undone, and λ raised.
+    λ is multiplied by `decay ** period` if ρ > `upper`, and divided by it if ρ < `lower`. Where M predicts no decrease,
+    as it may with momentum that is given, ρ says nothing and λ stays. On these steps a δ after which the loss is not
+    finite is undone, and λ raised; for all steps, and losses that rose, see [`kfax.Rejection`][].
 
     M has the exact curvature if learning rate or momentum are chosen by [`kfax.QuadraticModel`][], and the estimator's
     otherwise, unless `exact_model` says so: that costs a forward pass of derivatives on the steps that need it.
@@ -158,7 +158,7 @@ class LevenbergMarquardt(DampingRule):
         lower: ArrayLike = 0.25,
         upper: ArrayLike = 0.75,
         minimum: ArrayLike = 1e-8,
-        maximum: ArrayLike = jnp.inf,
+        maximum: ArrayLike = 1e8,
         exact_model: bool = False,
         includes_damping: bool = False,
     ):
@@ -175,14 +175,18 @@ class LevenbergMarquardt(DampingRule):
 
         **Raises:** `ValueError` for values out of their range.
         """
-        if period < 1:
-            raise ValueError(f"`period` of `LevenbergMarquardt` must be at least 1, got {period}.")
+        if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+            raise ValueError(f"`period` of `LevenbergMarquardt` must be a whole number, at least 1, got {period!r}.")
         self.initial = positive("initial", initial)
         self.decay = within_unit("decay", decay)
         self.lower = scalar("lower", lower)
         self.upper = scalar("upper", upper)
         self.minimum = positive("minimum", minimum)
         self.maximum = positive("maximum", maximum)
+        for smaller, larger in (("lower", "upper"), ("minimum", "maximum")):
+            bounds = getattr(self, smaller), getattr(self, larger)
+            if not is_traced(bounds) and bounds[0] > bounds[1]:
+                raise ValueError(f"`{smaller}` of `LevenbergMarquardt` must not be above `{larger}`: {bounds}.")
         self.period = period
         self.exact_model = exact_model
         self.includes_damping = includes_damping
@@ -229,6 +233,28 @@ class RelativeDamping(eqx.Module):
 def rule_of(damping: DampingRule | RelativeDamping) -> DampingRule:
     """The rule, in its own units."""
     return damping.rule if isinstance(damping, RelativeDamping) else damping
+
+
+def own_damping(damping: Any) -> DampingRule | RelativeDamping:
+    """A damping that is not a multiple of another one."""
+    damping = damping if isinstance(damping, RelativeDamping) else as_damping_rule(damping)
+    if isinstance(rule_of(damping), DampingMultiple):
+        raise ValueError(
+            "`kfax.DampingMultiple` is a multiple of the optimizer's λ, for the preconditioner: "
+            "`kfax.Preconditioner(damping=kfax.DampingMultiple(...))`. The optimizer's own `damping` is a number, a "
+            "schedule, a rule, or a `kfax.RelativeDamping` of one."
+        )
+    return damping
+
+
+def check_blind(name: str, rule: DampingRule) -> DampingRule:
+    """A rule where there is no loss after the step to tell it of."""
+    if rule.wants_ratio(jnp.zeros((), jnp.int32)) is not False:
+        raise ValueError(
+            f"`{type(rule).__name__}` adapts λ by the loss after each step, which only the `damping` of "
+            f"`kfax.Optimizer` is told. Here `{name}` must be a number or a schedule, or a rule that does not adapt."
+        )
+    return rule
 
 
 def as_damping_rule(damping: Any) -> DampingRule:

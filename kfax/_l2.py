@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import ArrayLike, PyTree
 
 from ._layers import to_matrices
-from ._scalars import scalar
+from ._scalars import nonnegative
 from ._tree import dot
 from ._types import Model, Parameters, Scalar, Where
 
@@ -27,7 +27,9 @@ class L2(eqx.Module):
         - `where`: what is regularized: a function of the model that returns nodes of it, as in `equinox.tree_at`.
             Everything that is trained, if not given.
         """
-        self.coefficient = scalar("l2", coefficient)
+        if not (where is None or callable(where)):
+            raise ValueError(f"`where` of `kfax.L2` must be a function of the model, got {where!r}.")
+        self.coefficient = nonnegative("l2", coefficient)
         self.where = where
 
     def mask(self, model: Model, parameters: Parameters) -> PyTree[bool]:

@@ -79,7 +79,7 @@ def psd_inverse(matrix: Float[Array, "*stack d d"]) -> Float[Array, "*stack d d"
     NaN where a matrix is not positive definite to working precision, or not finite.
     """
     if matrix.shape[-1] == 1:
-        return jnp.where(matrix > 0, 1 / matrix, jnp.nan)
+        return jnp.where((matrix > 0) & jnp.isfinite(matrix), 1 / matrix, jnp.nan)
     matrix, finite = _finite_or_eye(matrix)
     factor = jnp.linalg.cholesky(matrix, symmetrize_input=False)
     eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import ArrayLike
 
 from ._capture import Problem
-from ._damping import as_damping_rule, DampingRule, LevenbergMarquardt, RelativeDamping, rule_of
+from ._damping import check_blind, DampingRule, own_damping, RelativeDamping, rule_of
 from ._preconditioner import Preconditioner, PreconditionerState
 from ._present import problem_with
 from ._rescale import limit
@@ -52,7 +52,9 @@ def scale_by_curvature(
     that cheaper. What only [`kfax.Optimizer`][] can do, since it looks at the loss: the quadratic model,
     Levenberg-Marquardt damping, rejection.
 
-    If gradients or statistics are not finite the state stays as it was, and the updates are zero.
+    If gradients are not finite the state stays as it was but for the counter, and the updates are zero. Statistics that
+    are not finite are left out, and of inverses the last good one is kept, as in [`kfax.Optimizer`][]. Call
+    [`kfax.check`][] once before training: this function cannot.
 
     **Arguments:**
 
@@ -61,7 +63,8 @@ def scale_by_curvature(
         [loss/param²]
     - `preconditioner`: which curvature is inverted, and how often; [`kfax.Preconditioner`][]`()` if not given.
     - `norm_constraint`: κ: updates u are shortened so that `uᵀ(Ĉ + λI)u` is at most κ, a number or a schedule. With a
-        learning rate α in a later link it bounds the step by α²κ. None if not given. [loss]
+        learning rate α in a later link it bounds the step by α²κ. None if not given. As for
+        [`kfax.NormConstraint`][], of an exponent of -1 and a fresh inverse. [loss]
     - `frozen`: as in [`kfax.tag`][]; what is frozen has updates of zero.
 
     **Returns:** an `optax.GradientTransformationExtraArgs`. Its `init` takes the parameters, as usual
@@ -69,12 +72,10 @@ def scale_by_curvature(
 
     **Raises:** `ValueError` for values out of their range, and for a damping that would have to see the loss.
     """
-    damping = damping if isinstance(damping, RelativeDamping) else as_damping_rule(damping)
-    if isinstance(rule_of(damping), LevenbergMarquardt):
-        raise ValueError(
-            "`kfax.LevenbergMarquardt` has to see the loss after each step, which optax does not offer: use it with "
-            "`kfax.Optimizer`, or give `scale_by_curvature` a number, a schedule or `kfax.RelativeDamping`."
-        )
+    damping = own_damping(damping)
+    check_blind("damping", rule_of(damping))
+    if not (preconditioner is None or isinstance(preconditioner, Preconditioner)):
+        raise ValueError(f"`preconditioner` must be a `kfax.Preconditioner(...)`, got {preconditioner!r}.")
     link = _Link(
         loss_fn=loss_fn,
         damping=damping,
@@ -125,7 +126,7 @@ class _Link(eqx.Module):
         preconditioner = self._take_in(problem, state, source_key, is_good)
         number = rule_of(self.damping).value(rule_of(self.damping).init(), step)
         _, damping = self.preconditioner.dampings(self.damping, number, preconditioner, parameters, step)
-        refreshed, _ = self.preconditioner.maybe_refresh(preconditioner, parameters, damping, step, False)
+        refreshed, _ = self.preconditioner.maybe_refresh(preconditioner, parameters, damping, step)
         preconditioner = select(is_good, refreshed, preconditioner)
         solved = self.preconditioner.apply(preconditioner, gradient, damping)
         if self.bound is not None:

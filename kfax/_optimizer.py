@@ -11,8 +11,8 @@ from jaxtyping import Array, ArrayLike, Bool, PyTree
 from ._attempt import Coefficient, Given, Rules
 from ._capture import linearize, Problem
 from ._check import check
-from ._damping import as_damping_rule, DampingRule, RelativeDamping
-from ._estimators import CurvatureEstimator
+from ._damping import DampingRule, own_damping, RelativeDamping
+from ._estimators import CurvatureEstimator, ImplicitExactCurvature
 from ._l2 import L2
 from ._preconditioner import check_period, Preconditioner
 from ._present import observe, Present, problem_with
@@ -20,7 +20,7 @@ from ._quadratic import QuadraticModel
 from ._registry import split_parameters
 from ._rescale import NormConstraint, Rejection
 from ._scalars import positive, scalar
-from ._step import check_state, layer_norms, OptimizerState, StepInfo
+from ._step import check_state, OptimizerState, StepInfo
 from ._tree import cond, is_traced, zeros_like
 from ._types import Model, PRNGKey, Schedule, Where
 
@@ -81,7 +81,8 @@ class Optimizer(eqx.Module):
         - `preconditioner`: which curvature is inverted, and how often; [`kfax.Preconditioner`][]`()` if not given.
         - `micro_batches`: in how many equal parts a batch is run, one after the other, to save memory. Examples are
             expected on axis 0 of all arrays of the batch. Parts of it that preconditioner or quadratic model are told
-            to use are run whole.
+            to use are run whole. The step is the same, except where examples see each other (batch normalization) and
+            for random numbers.
         - `rejection`: when to undo a step, [`kfax.Rejection`][]`()`; never, if not given.
         - `report_layers`: whether `StepInfo` has the norms of single layers.
         - `frozen`: what is not trained: a function of the model that returns nodes of it, as in [`kfax.tag`][].
@@ -104,7 +105,12 @@ class Optimizer(eqx.Module):
         if isinstance(learning_rate, QuadraticModel) and isinstance(momentum, QuadraticModel):
             if learning_rate != momentum:
                 raise ValueError("Learning rate and momentum must be chosen by one `kfax.QuadraticModel`.")
-        self.damping = damping if isinstance(damping, RelativeDamping) else as_damping_rule(damping)
+        self.damping = own_damping(damping)
+        if isinstance(damping, RelativeDamping) and isinstance(preconditioner.estimator, ImplicitExactCurvature):
+            raise ValueError(
+                "`kfax.RelativeDamping` needs the diagonal of the curvature, which `kfax.ImplicitExactCurvature` has "
+                "not. Give λ itself, or use `kfax.BlockDiagonalCurvature`."
+            )
         self.l2 = l2 if isinstance(l2, L2) else L2(l2)
         self.preconditioner = preconditioner
         self.rejection = rejection
@@ -142,10 +148,10 @@ class Optimizer(eqx.Module):
             )
         return OptimizerState(
             step=jnp.zeros((), jnp.int32),
-            damping=self._rules.rule.init(),
+            damping=jnp.array(self._rules.rule.init()),  # a copy, so that the state may be donated
             velocity=zeros_like(parameters),
             preconditioner=self.preconditioner.init(model, parameters, self.frozen),
-            is_stale=None if self.rejection is None else jnp.zeros((), bool),
+            was_undone=jnp.zeros((), bool),
         )
 
     def step(
@@ -180,12 +186,10 @@ class Optimizer(eqx.Module):
             None if damping is None else positive("damping", damping),
         )
         problem, key = self._problem(model, state, batch, key, model_state)
-        present, state, failed = self._observe(problem, state, key)
+        due = self.preconditioner.wants_curvature(state.step)
+        present, state, failed = self._observe(problem, state, key, due)
         attempt = self._rules.attempt(present, state, given, is_measured=self.rejection is not None)
-        parameters, state, info = self._rules.conclude(present, state, attempt, failed)
-        if self.report_layers:
-            vectors = (present.problem.parameters, present.gradient, attempt.descent, attempt.update)
-            info = eqx.tree_at(lambda i: i.layers, info, layer_norms(*vectors), is_leaf=lambda x: x is None)
+        parameters, state, info = self._rules.conclude(present, state, attempt, failed, self.report_layers)
         return eqx.combine(parameters, model), state, info
 
     def burn_in(
@@ -198,8 +202,7 @@ class Optimizer(eqx.Module):
         **Returns:** the state with the new estimate.
         """
         problem, key = self._problem(model, state, batch, key, model_state)
-        start = eqx.tree_at(lambda s: s.step, state, jnp.zeros_like(state.step))  # statistics are due at step 0
-        return eqx.tree_at(lambda s: s.step, self._observe(problem, start, key)[1], state.step)
+        return self._observe(problem, state, key, due=True)[1]
 
     def refresh(self, model: Model, state: OptimizerState) -> OptimizerState:
         """Computes all inverses anew, for the present estimate and λ, whether they are due or not.
@@ -229,20 +232,22 @@ class Optimizer(eqx.Module):
 
         **Arguments:** as for `step`.
 
-        **Returns:** the state with another λ, and with the batch in its estimate of the curvature.
+        **Returns:** the state with another λ, and with the batch in its estimate of the curvature. If the batch is not
+        finite λ is as before.
 
         **Raises:** `ValueError` if the damping rule does not adapt.
         """
         if self._rules.rule.wants_ratio(state.step) is False:
             raise ValueError("`calibrate` needs a damping that adapts, such as `kfax.LevenbergMarquardt(1.0)`.")
         problem, key = self._problem(model, state, batch, key, model_state)
-        present, state, _ = self._observe(problem, state, key)
+        present, state, _ = self._observe(problem, state, key, due=True)
+        fresh = eqx.tree_at(lambda s: s.preconditioner.is_stale, state, jnp.ones((), bool))
 
         def adjust(carry):
             number, direction, count = carry
-            start = eqx.tree_at(lambda s: s.damping, state, number)
-            attempt = self._rules.attempt(present, start, Given(), is_measured=True, is_stale=True)
-            new = self._rules.rule.update(number, attempt.ratio)
+            start = eqx.tree_at(lambda s: s.damping, fresh, number)
+            attempt = self._rules.attempt(present, start, Given(), is_measured=True)
+            new = self._rules.adjusted(attempt, True, undone=~jnp.isfinite(attempt.after))
             towards = jnp.sign(new - number)
             turned = towards * direction < 0
             return jnp.where(turned, jnp.maximum(number, new), new), jnp.where(turned, 0, towards), count + 1
@@ -254,14 +259,13 @@ class Optimizer(eqx.Module):
         # At first there is no direction that it could turn from.
         start = (state.damping, jnp.full_like(state.damping, jnp.nan), jnp.zeros((), jnp.int32))
         number, *_ = jax.lax.while_loop(goes_on, adjust, start)
-        return eqx.tree_at(lambda s: s.damping, state, number)
+        return eqx.tree_at(lambda s: s.damping, fresh, jnp.where(present.is_good, number, state.damping))
 
     def state_axes(self, state: OptimizerState) -> PyTree[int | None]:
         """`in_axes` and `out_axes` of a state for `equinox.filter_vmap` over an ensemble: all arrays but the counter.
 
         An unmapped counter keeps "every fifth step" one decision for the whole ensemble. With a mapped one, JAX would
-        do the work of both branches at every step; and so it does with a [`kfax.Rejection`][], of which each member
-        has its own.
+        do the work of both branches at every step.
 
         **Arguments:**
 
@@ -286,10 +290,9 @@ class Optimizer(eqx.Module):
         return Problem(self.loss_fn, model, batch, loss_key, model_state, self.frozen), source_key
 
     def _observe(
-        self, problem: Problem, state: OptimizerState, key: PRNGKey | None
+        self, problem: Problem, state: OptimizerState, key: PRNGKey | None, due: Bool[Array, ""] | bool
     ) -> tuple[Present, OptimizerState, Bool[Array, ""]]:
         """Runs the batch, and takes its curvature into the state if that is due and finite; and whether it is not."""
-        due = self.preconditioner.wants_curvature(state.step)
         estimator, curvature = self.estimator, state.curvature
 
         def measure(linearization, key, measured):

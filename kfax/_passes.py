@@ -12,12 +12,13 @@ from jaxtyping import Array, Float, PyTree
 from ._capture import Linearization, Problem
 from ._ema import MovingAverage
 from ._estimators import ImplicitExactBatch, ImplicitExactCurvature, total_weight
+from ._losses import Loss
 from ._sources import CurvatureSource
 from ._types import Counter, Parameters, PRNGKey, Scalar
 
 
 class Fraction(eqx.Module):
-    """A part of a batch: a slice of its examples, a different one at each step.
+    """A part of a batch: a slice of its examples, a different one at each step, until all had their turn.
 
     Examples are expected on axis 0 of all arrays of the batch. Where they are elsewhere, give a function
     `(batch, step) -> batch` of your own instead.
@@ -45,7 +46,7 @@ class Fraction(eqx.Module):
         """
         total = _num_examples(batch, "`kfax.Fraction`")
         number = max(math.floor(total * self.share + 0.5), 1)
-        start = (step % (total // number)) * number
+        start = jnp.minimum(step % -(-total // number) * number, total - number)
 
         def part(leaf):
             return jax.lax.dynamic_slice_in_dim(leaf, start, number) if eqx.is_array(leaf) else leaf
@@ -139,7 +140,7 @@ def gradient_of(
         evaluation = linearization.evaluation
         means = {"loss": evaluation.value(), "gradient": linearization.gradient()}
         measured = measure(linearization, key, measured)
-        weight = total_weight(evaluation.losses)
+        weight = _weight(evaluation.losses, number)
         return Outcome(means, weight, evaluation.model_state, evaluation.aux), measured
 
     return in_parts(problem, number, key, run, measured)
@@ -151,7 +152,7 @@ def loss_of(problem: Problem, number: int, parameters: Parameters) -> Scalar:
     def run(problem, key, carry):
         del key
         evaluation = problem.evaluate(parameters)
-        weight = total_weight(evaluation.losses)
+        weight = _weight(evaluation.losses, number)
         return Outcome({"loss": evaluation.value()}, weight, evaluation.model_state, None), carry
 
     return in_parts(problem, number, None, run, None)[0].means["loss"]
@@ -172,6 +173,18 @@ def gram_of(
         return Outcome(means, total_weight(evaluation.losses), evaluation.model_state, None), carry
 
     return in_parts(problem, number, None, run, None)[0].means["gram"]
+
+
+def _weight(losses: tuple[Loss, ...], number: int) -> Scalar:
+    """How much a part of a batch counts."""
+    first, *others = (loss.weighting for loss in losses)
+    if number > 1 and any(w.weights is not first.weights or w.mask is not first.mask for w in others):
+        raise ValueError(
+            "With `micro_batches` several losses must have the same `weights` and `mask` (the very same arrays): each "
+            "is a mean over the whole batch, in which a part counts as much as its weights, and so differently for "
+            "each loss. Run the batch whole, or make them one loss."
+        )
+    return total_weight(losses)
 
 
 def _split(batch: Any, number: int) -> Any:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
 from ._blocks import Spectrum, unbounded
-from ._damping import as_damping_rule, DampingMultiple, DampingRule, RelativeDamping
+from ._damping import as_damping_rule, check_blind, DampingMultiple, DampingRule, RelativeDamping
 from ._estimators import BlockDiagonalCurvature, CurvatureEstimator, Eigendecomposition, ImplicitExactCurvature
-from ._tree import all_finite, cond, mean, select
+from ._tree import anywhere, cond, keep_finite, mean, select
 from ._types import Counter, Model, Parameters, Scalar, Schedule, Where
 
 
@@ -39,10 +39,13 @@ class PreconditionerState(eqx.Module):
 
     - `curvature`: the state of the estimator, with its inverses.
     - `eigendecomposition`: for a power other than -1; otherwise `None`.
+    - `is_stale`: whether inverses are to be computed anew at the next step, due or not: one of them failed, or a step
+        was undone and λ raised.
     """
 
     curvature: Any
     eigendecomposition: Eigendecomposition | None
+    is_stale: Bool[Array, ""]
 
 
 class Preconditioner(eqx.Module):
@@ -91,6 +94,10 @@ class Preconditioner(eqx.Module):
         if isinstance(exponent, bool) or not (isinstance(exponent, int | float) and -1 <= exponent < 0):
             raise ValueError(f"`exponent` must be a number from -1 to 0, such as -1 or -1/2, got {exponent!r}.")
         check_period("curvature_update_period", curvature_update_period)
+        if not (batch is None or callable(batch)):
+            raise ValueError(
+                f"`batch` must be a function of batch and step, such as `kfax.Fraction(1 / 8)`, got {batch!r}."
+            )
         if isinstance(inverse_update_period, Staggered):
             if not isinstance(estimator, BlockDiagonalCurvature) or exponent != -1:
                 raise ValueError(
@@ -104,18 +111,18 @@ class Preconditioner(eqx.Module):
                 "`kfax.ImplicitExactCurvature` is that of the present batch: its `curvature_update_period` must be 1."
             )
         self.estimator = estimator
-        self.damping = DampingMultiple(1.0) if damping is None else as_damping_rule(damping)
+        self.damping = DampingMultiple(1.0) if damping is None else check_blind("damping", as_damping_rule(damping))
         self.batch = batch
         self.exponent = float(exponent)
         self.inverse_update_period = inverse_update_period
         self.curvature_update_period = curvature_update_period
 
     def init(self, model: Model, parameters: Parameters, frozen: Where | None) -> PreconditionerState:
-        curvature = self.estimator.init(model, frozen=frozen)
-        if self.exponent == -1:
-            return PreconditionerState(curvature, None)
-        shapes = eqx.filter_eval_shape(self.estimator.decompose, curvature, parameters)
-        return PreconditionerState(curvature, _immovable(shapes))
+        curvature, eigendecomposition = self.estimator.init(model, frozen=frozen), None
+        if self.exponent != -1:
+            shapes = eqx.filter_eval_shape(self.estimator.decompose, curvature, parameters)
+            eigendecomposition = _immovable(shapes)
+        return PreconditionerState(curvature, eigendecomposition, jnp.zeros((), bool))
 
     def dampings(
         self,
@@ -127,7 +134,9 @@ class Preconditioner(eqx.Module):
     ) -> tuple[Scalar, Scalar]:
         """λ, where a rule says a number; and that of the preconditioner."""
         if isinstance(damping, RelativeDamping):
-            number = number * mean(self.estimator.diagonal(state.curvature, parameters))
+            # Of a matrix that may be indefinite, how large it is.
+            diagonal = self.estimator.diagonal(state.curvature, parameters)
+            number = number * mean(jax.tree.map(jnp.abs, diagonal))
         return number, self.damping.value(number, step)
 
     def wants_curvature(self, step: Counter) -> Bool[Array, ""] | bool:
@@ -138,12 +147,8 @@ class Preconditioner(eqx.Module):
         self, state: PreconditionerState, measured: Any, is_good: Bool[Array, ""]
     ) -> tuple[PreconditionerState, Bool[Array, ""]]:
         """Takes in what was measured on a good batch if it is finite; and whether it is not."""
-        finite = all_finite(measured)
-        curvature = self.estimator.fold(state.curvature, measured)
-        # An estimator that holds its batch has none to go back to at first.
-        if jax.tree.structure(curvature) == jax.tree.structure(state.curvature):
-            curvature = select(is_good & finite, curvature, state.curvature)
-        return PreconditionerState(curvature, state.eigendecomposition), ~finite
+        curvature, failed = self.estimator.fold_finite(state.curvature, measured, is_good)
+        return PreconditionerState(curvature, state.eigendecomposition, state.is_stale), failed
 
     def maybe_refresh(
         self,
@@ -151,17 +156,43 @@ class Preconditioner(eqx.Module):
         parameters: Parameters,
         damping: Scalar | Mapping[str, Scalar],
         step: Counter,
-        is_stale: Bool[Array, ""] | bool,
     ) -> tuple[PreconditionerState, Bool[Array, ""]]:
-        """The state with those inverses that are due; and whether any of them failed, so that the old one was kept."""
-        if not isinstance(self.inverse_update_period, Staggered):
-            due = is_due(step, self.inverse_update_period) | is_stale
-            return cond(due, lambda: self.refresh(state, parameters, damping), lambda: (state, jnp.zeros((), bool)))
-        period = self.inverse_update_period.period
-        groups = [None, *self._groups(parameters, period)]
+        """The state with those inverses that are due; and whether any of them failed, so that the old one was kept.
+
+        Within an ensemble a refresh that one member asks for is made for all, but taken by that one only.
+        """
+        if isinstance(self.inverse_update_period, Staggered):
+            return self._next_refresh(state, parameters, damping, step, self.inverse_update_period.period)
+        due = is_due(step, self.inverse_update_period)
+        kept = (state, jnp.zeros((), bool))
+
+        def refresh():
+            refreshed = self.refresh(state, parameters, damping)
+            return refreshed if due is True else select(due | state.is_stale, refreshed, kept)
+
+        return cond(due is True or due | anywhere(state.is_stale), refresh, lambda: kept)
+
+    def _next_refresh(
+        self,
+        state: PreconditionerState,
+        parameters: Parameters,
+        damping: Scalar | Mapping[str, Scalar],
+        step: Counter,
+        period: int,
+    ) -> tuple[PreconditionerState, Bool[Array, ""]]:
+        """Everything at first and if the state is stale, and otherwise the blocks whose turn it is."""
+        groups = self._groups(parameters, period)
+        turn, everything = step % period, (step == 0) | state.is_stale
+
+        def refresh():
+            new, failed = self.refresh(state, parameters, damping)
+            old = state.curvature.inverses
+            mine = {key: everything | (turn == i) for i, group in enumerate(groups) for key in group}
+            inverses = {key: select(mine[key], each, old[key]) for key, each in new.curvature.inverses.items()}
+            return eqx.tree_at(lambda s: s.curvature.inverses, new, inverses), failed
+
         branches = [lambda group=group: self.refresh(state, parameters, damping, group) for group in groups]
-        everything = (step == 0) | is_stale
-        return _switch(jnp.where(everything, 0, 1 + step % period), branches)
+        return _switch(jnp.where(anywhere(everything), 0, 1 + turn), [refresh, *branches])
 
     def refresh(
         self,
@@ -171,18 +202,15 @@ class Preconditioner(eqx.Module):
         only: tuple[str, ...] | None = None,
     ) -> tuple[PreconditionerState, Bool[Array, ""]]:
         """The state with new inverses, of all blocks or of some; and whether any failed."""
-        previous = state.curvature
-        if state.eigendecomposition is not None:
-            new = self.estimator.decompose(previous, parameters)
-            finite = all_finite(new)
-            return PreconditionerState(previous, select(finite, new, state.eigendecomposition)), ~finite
-        if only is None:
-            refreshed = self.estimator.refresh(previous, parameters, damping)
+        curvature, eigendecomposition = state.curvature, state.eigendecomposition
+        if eigendecomposition is None:
+            curvature, failed = self.estimator.refresh_finite(curvature, parameters, damping, only)
         else:
-            assert isinstance(self.estimator, BlockDiagonalCurvature)
-            refreshed = self.estimator.refresh(previous, parameters, damping, only)
-        curvature, failed = self.estimator.keep_finite(refreshed, previous)
-        return PreconditionerState(curvature, None), failed
+            new = self.estimator.decompose(curvature, parameters)
+            known = self.estimator.weight(curvature) > 0
+            spectra, failed = keep_finite(new.spectra, eigendecomposition.spectra, known)
+            eigendecomposition = eqx.tree_at(lambda e: e.spectra, new, spectra)
+        return PreconditionerState(curvature, eigendecomposition, failed), failed
 
     def apply(
         self, state: PreconditionerState, gradient: Parameters, damping: Scalar | Mapping[str, Scalar]

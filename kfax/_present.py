@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
@@ -38,8 +39,10 @@ class Present(eqx.Module):
 
     @property
     def is_good(self) -> Bool[Array, ""]:
-        """Whether all that the batch gave is finite."""
-        return all_finite((self.loss, self.gradient, self.model_state))
+        """Whether all that the batch gave is finite; of the model state, what was finite before."""
+        old, new = (eqx.filter(x, eqx.is_inexact_array) for x in (self.problem.model_state, self.model_state))
+        state = jax.tree.map(lambda x, y: jnp.where(jnp.isfinite(x), y, 0), old, new)
+        return all_finite((self.loss, self.gradient, state))
 
     def loss_at(self, parameters: Parameters) -> Scalar:
         """The objective elsewhere, on the same batch and with the same key."""
@@ -75,6 +78,7 @@ def observe(
     """Runs a batch forward and backward; for the arguments see `gradient_of`."""
     parameters = problem.parameters
     outcome, measured = gradient_of(problem, micro_batches, key, linearize, measure, measured)
+    _check_model_state(problem.model_state, outcome.model_state)
     mask = l2.mask(problem.model, parameters)
     present = Present(
         problem=problem,
@@ -87,6 +91,25 @@ def observe(
         aux=outcome.aux,
     )
     return present, measured
+
+
+def _check_model_state(old: Any, new: Any) -> None:
+    """A new state must be like the old one, for one of them is to be chosen."""
+
+    def layout(state):
+        leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+        describe = lambda leaf: f"{leaf.dtype} of shape {leaf.shape}" if eqx.is_array(leaf) else repr(leaf)  # noqa: E731
+        return structure, {jax.tree_util.keystr(path): describe(leaf) for path, leaf in leaves}
+
+    (was, before), (now, after) = layout(old), layout(new)
+    if new is None or (was == now and before == after):
+        return
+    where = [path for path in before | after if before.get(path) != after.get(path)] or [""]
+    raise ValueError(
+        f"`loss_fn` returned a model state unlike the one it was given: at `model_state{where[0]}` there was "
+        f"{before.get(where[0], was)}, and now {after.get(where[0], now)}. It must keep structure, shapes and dtypes, "
+        "and what changes must be arrays: a `jnp.asarray(0)`, say, not a 0."
+    )
 
 
 def problem_with(problem: Problem, batch: Any) -> Problem:

@@ -43,6 +43,10 @@ class QuadraticModel(eqx.Module):
                 "`source` of `kfax.QuadraticModel` must be `kfax.ExactGGN()`, `kfax.ExactFisher()` or "
                 f"`kfax.EmpiricalFisher()`, got {source!r}."
             )
+        if not (batch is None or callable(batch)):
+            raise ValueError(
+                f"`batch` must be a function of batch and step, such as `kfax.Fraction(1 / 4)`, got {batch!r}."
+            )
         self.source = source
         self.batch = batch
 

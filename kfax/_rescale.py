@@ -18,7 +18,8 @@ class NormConstraint(eqx.Module):
     with P the preconditioner, $(\hat C + \lambda I)^{-1}$: the descent part of the step, $-\alpha' P \nabla h$, is no
     longer than $\sqrt\kappa$ in the norm of $\hat C + \lambda I$. For a negative log-likelihood, κ/2 bounds to second
     order how far the model's distribution moves, as a Kullback-Leibler divergence. The usual safeguard where batches
-    are small.
+    are small. Between refreshes of the inverse P is that of an earlier step, and of another exponent than -1 another
+    matrix: then $\alpha'^2 \nabla h^\top P \nabla h$ is still at most κ, and nothing is said of norms.
 
     ??? cite "Source"
         Ba, Grosse & Martens 2017, "Distributed second-order optimization using Kronecker-factored approximations",
@@ -57,7 +58,9 @@ class Rejection(eqx.Module):
     """Undoes a step after which the loss on the same batch is higher, or not finite.
 
     Parameters, velocity and model state are then as before the step. An adaptive damping is raised, at whatever period
-    it is adjusted, and the inverse is computed anew for the next step. The loss is evaluated once more at each step.
+    it is adjusted, and the inverse is computed anew for the next step. If the next step has to be undone as well, the
+    velocity is set to zero, since with a momentum that is given no damping could help. The loss is evaluated once more
+    at each step.
     Meant for large batches: on a small one a step that helps in the mean may well raise the loss.
     """
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from ._layers import parts, to_matrices
 from ._preconditioner import PreconditionerState
+from ._tree import norm
 from ._types import Counter, Parameters, Scalar
 
 
@@ -18,18 +18,17 @@ class OptimizerState(eqx.Module):
     **Fields:**
 
     - `step`: how many steps were taken.
-    - `damping`: λ, as the damping rule left it. [loss/param²]
+    - `damping`: as the damping rule left it: λ [loss/param²], or a multiple of the mean eigenvalue if it is relative.
     - `velocity`: the previous update of the parameters. [param]
     - `preconditioner`: the state of the estimator, with its inverses.
-    - `is_stale`: whether the inverses have to be computed anew because λ was raised after a step that was undone;
-        `None` without [`kfax.Rejection`][].
+    - `was_undone`: whether the last step was.
     """
 
     step: Counter
     damping: Scalar
     velocity: Parameters
     preconditioner: PreconditionerState
-    is_stale: Bool[Array, ""] | None
+    was_undone: Bool[Array, ""]
 
     @property
     def curvature(self) -> Any:
@@ -43,11 +42,13 @@ class StepResult(eqx.Enumeration):
     Whatever is not finite is kept out of model and state, so that training goes on. Of several reasons the first in
     this order is given:
 
-    - `non_finite_batch`: loss, gradient or new model state are not finite. Nothing was changed but the counter.
+    - `non_finite_batch`: loss, gradient or new model state are not finite. Nothing was changed but the counter (and
+        inverses, if they were due).
     - `non_finite_update`: the update was not finite. The parameters were not changed, the velocity was set to zero.
-    - `rejected`: the loss was higher after the step, or not finite. The step was undone.
+    - `rejected`: the loss was higher after the step, or not finite. The step was undone; after the second time in a row
+        the velocity is set to zero.
     - `non_finite_inverse`: the step was taken, with the last good inverse for at least one block. A block without any
-        is not moved.
+        is not moved. All inverses are computed anew at the next step.
     - `non_finite_curvature`: the step was taken, but the statistics of the batch were left out.
     - `successful`: none of these.
     """
@@ -89,8 +90,8 @@ class StepInfo(eqx.Module):
     - `update_norm`: of the change of the parameters. [param]
     - `learning_rate`, `momentum`: the coefficients that were used.
     - `damping`: λ of this step. [loss/param²]
-    - `predicted_change`: the change of the objective that the quadratic model predicts. NaN on steps that had no use
-        for it.
+    - `predicted_change`: the change of the objective that the quadratic model predicts, with λ‖δ‖²/2 if the damping
+        rule includes it. NaN on steps that had no use for it.
     - `reduction_ratio`: the actual change over the predicted one. NaN on steps that did not measure it.
     - `layers`: norms of single layers, by path, if the optimizer was told to report them.
     - `model_state`: the new one, if `loss_fn` returned one.
@@ -117,7 +118,7 @@ def layer_norms(
 ) -> dict[str, LayerNorms]:
     """The norms of each layer, by path."""
     trees = [to_matrices(tree) for tree in (parameters, gradient, descent, update)]
-    return {key: LayerNorms(*(jnp.linalg.norm(tree[key]) for tree in trees)) for key in trees[0]}
+    return {key: LayerNorms(*(norm(tree[key]) for tree in trees)) for key in trees[0]}
 
 
 def check_state(state: OptimizerState, parameters: Parameters) -> None:

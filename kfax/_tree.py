@@ -74,16 +74,38 @@ def tie(x: PyTree[Array], to: Any) -> PyTree[Array]:
     (see `_fold`), so it is made explicit. XLA removes the operation.
     """
 
-    def first(leaf):
+    def flag_of(leaf):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        return jnp.reshape(leaf, (-1,))[0] == jnp.reshape(leaf, (-1,))[0]
+        return jnp.any(leaf == leaf)  # a reduction: the array may be sharded
 
-    flags = [first(leaf) for leaf in jax.tree.leaves(eqx.filter(to, eqx.is_array)) if leaf.size > 0]
+    flags = [flag_of(leaf) for leaf in jax.tree.leaves(eqx.filter(to, eqx.is_array)) if leaf.size > 0]
     if not flags:
         return x
-    flag = jax.tree.reduce(operator.or_, flags)
-    return jax.tree.map(lambda leaf: jax.lax.select(jnp.broadcast_to(flag, leaf.shape), leaf, leaf), x)
+    flag = functools.reduce(operator.or_, flags)
+    return jax.tree.map(lambda leaf: jax.lax.select(flag, leaf, leaf), x)
+
+
+@jax.custom_batching.custom_vmap
+def anywhere(flag: Bool[Array, ""]) -> Bool[Array, ""]:
+    """The flag; under `jax.vmap`, whether it is set for any member, one value for all of them.
+
+    So that a `cond` of it is still one, where a mapped predicate would have JAX run both branches.
+    """
+    return flag
+
+
+@anywhere.def_vmap
+def _anywhere(axis_size, in_batched, flag):
+    del axis_size, in_batched
+    return anywhere(jnp.any(flag, axis=0)), False
+
+
+def keep_finite(new: dict, old: dict, is_known: Bool[Array, ""]) -> tuple[dict, Bool[Array, ""]]:
+    """The entries of `new` that are finite, if anything is known, and otherwise those of `old`; whether any is not."""
+    finite = {key: all_finite(value) & is_known for key, value in new.items()}
+    kept = {key: select(finite[key], value, old[key]) for key, value in new.items()}
+    return kept, functools.reduce(operator.or_, [~flag for flag in finite.values()], jnp.zeros((), bool))
 
 
 def cond(predicate: Any, on_true: Callable[[], Any], on_false: Callable[[], Any]) -> Any:

@@ -85,7 +85,7 @@ def test_frozen_parameters_and_gradients_that_are_not_finite():
 
 def test_mistakes():
     case = make_case("mlp", "softmax")
-    with pytest.raises(ValueError, match="`kfax.LevenbergMarquardt` has to see the loss after each step"):
+    with pytest.raises(ValueError, match="`LevenbergMarquardt` adapts λ by the loss after each step"):
         kfax.scale_by_curvature(case.loss_fn, damping=kfax.LevenbergMarquardt(1.0))
     link = kfax.scale_by_curvature(case.loss_fn, damping=1.0)
     gradients = parameters(case.model)

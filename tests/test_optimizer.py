@@ -135,10 +135,11 @@ def test_an_ensemble_equals_its_members(kind, model):
     assert states.step == 5
 
 
-def test_an_ensemble_refreshes_only_when_due():
+@pytest.mark.parametrize("rejection", [None, kfax.Rejection()])
+def test_an_ensemble_refreshes_only_when_due(rejection):
     """With the counter unmapped the conditions stay conditions, instead of selects over both branches."""
     case = make_case("mlp", "softmax")
-    optimizer = fixed(case.loss_fn)
+    optimizer = fixed(case.loss_fn, rejection=rejection)
     models = eqx.filter_vmap(lambda key: kfax.tag(MODELS["mlp"](key, True)))(jax.random.split(jax.random.key(1), 2))
     axes = optimizer.state_axes(eqx.filter_eval_shape(optimizer.init, case.model, case.batch))
     states = eqx.filter_vmap(optimizer.init, in_axes=(eqx.if_array(0), None), out_axes=axes)(models, case.batch)
@@ -150,7 +151,9 @@ def test_an_ensemble_refreshes_only_when_due():
         dynamic, static = eqx.partition((models, states), eqx.is_array)
         return jax.make_jaxpr(lambda d: eqx.filter(step(*eqx.combine(d, static), case.batch), eqx.is_array))(dynamic)
 
-    assert "cond[" in str(lowered(axes))
+    program = lowered(axes)
+    assert "cholesky" in str(program)
+    assert not any("cholesky" in str(equation) for equation in program.eqns if equation.primitive.name != "cond")
 
 
 def test_a_sweep_over_dampings_made_inside_vmap():
@@ -463,3 +466,21 @@ def test_batch_sharded_over_four_devices_gives_the_same_step():
     one, four = step(case.model, state, case.batch), step(case.model, state, sharded)
     assert_close(parameters(four[0]), parameters(one[0]))
     assert_close(four[2], one[2])
+
+
+def test_a_state_may_be_donated():
+    case = make_case("mlp", "softmax")
+    optimizer = adaptive(case.loss_fn)
+    expected = run(optimizer, case, steps=3)[0]
+
+    def step(kept, model, state):
+        optimizer, batch = kept
+        return optimizer.step(model, state, batch)[:2]
+
+    copies = lambda tree: jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, tree)  # noqa: E731
+    model, state = copies(case.model), optimizer.init(case.model, case.batch)
+    for _ in range(3):
+        old = state
+        model, state = eqx.filter_jit(step, donate="all-except-first")((optimizer, case.batch), model, state)
+        assert old.damping.is_deleted() and not optimizer.damping.initial.is_deleted()
+    assert_close(parameters(model), parameters(expected))

@@ -5,6 +5,7 @@ import dataclasses
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import pytest
 from cases import grid, make_case
 from helpers import assert_close, mlp, parameters
@@ -112,7 +113,7 @@ def test_statistics_and_quadratic_model_of_a_part_of_the_batch():
     expected = EXACT.init(case.model)
     for i, (before, after, state, info) in enumerate(history):
         # 3 examples out of 8, and 2 out of 8: others at each step.
-        start = 3 * (i % 2)
+        start = (0, 3, 5)[i]
         part = jax.tree.map(lambda x, start=start: x[start : start + 3], case.batch)
         expected = eqx.filter_jit(EXACT.update)(expected, case.loss_fn, before, part)
         assert_close(state.curvature.average, expected.average)
@@ -126,7 +127,7 @@ def test_statistics_and_quadratic_model_of_a_part_of_the_batch():
 
 def test_a_fraction_of_a_batch():
     batch = {"x": jnp.arange(10.0), "y": jnp.arange(20.0).reshape(10, 2), "name": "train"}
-    for step, start in ((0, 0), (1, 3), (2, 6), (3, 0)):
+    for step, start in ((0, 0), (1, 3), (2, 6), (3, 7), (4, 0)):
         part = kfax.Fraction(0.3)(batch, jnp.asarray(step))
         assert_close(part["x"], batch["x"][start : start + 3])
         assert_close(part["y"], batch["y"][start : start + 3])
@@ -152,8 +153,10 @@ def test_the_preconditioner_may_have_a_damping_of_its_own(damping):
     expected = EXACT.refresh(state.curvature, parameters(case.model), jnp.asarray(value + 0.05))
     assert_close(state.curvature.inverses, expected.inverses)
     assert_close(info.damping, jnp.asarray(0.1))
-    with pytest.raises(ValueError, match="multiple of the optimizer's damping"):
-        eqx.filter_jit(make(case.loss_fn, None, damping=kfax.DampingMultiple(2.0)).init)(case.model, case.batch)
+    with pytest.raises(ValueError, match="is a multiple of the optimizer's λ, for the preconditioner"):
+        make(case.loss_fn, None, damping=kfax.DampingMultiple(2.0))
+    with pytest.raises(ValueError, match="`LevenbergMarquardt` adapts λ by the loss after each step"):
+        kfax.Preconditioner(EXACT, damping=kfax.LevenbergMarquardt(1.0))
 
 
 @grid(estimator=["blocks", "explicit"], slow=lambda estimator: estimator == "explicit")
@@ -196,6 +199,63 @@ def test_relative_damping_makes_the_scale_of_the_loss_irrelevant():
     assert_close(one[0][3].damping, 0.5 * jnp.mean(diagonal))
 
 
+def test_relative_damping_of_an_indefinite_matrix_is_positive():
+    case = make_case("mlp", "softmax")
+    hessian = kfax.ExplicitExactCurvature(kfax.Hessian(), inversion=kfax.Eigh())
+    # Towards targets that the model is sure are wrong, and away from the others.
+    optimizer = make(
+        lambda m, b: -1.0 * case.loss_fn(m, b), kfax.Preconditioner(hessian), damping=kfax.RelativeDamping(0.5)
+    )
+    state = eqx.filter_jit(optimizer.init)(case.model, case.batch)
+    _, state, info = eqx.filter_jit(optimizer.step)(case.model, state, case.batch)
+    diagonal = flat(hessian.diagonal(state.curvature, parameters(case.model)))
+    assert jnp.sum(diagonal) < 0
+    assert_close(info.damping, 0.5 * jnp.mean(jnp.abs(diagonal)))
+    with pytest.raises(ValueError, match="`kfax.RelativeDamping` needs the diagonal"):
+        make(case.loss_fn, kfax.Preconditioner(kfax.ImplicitExactCurvature()), damping=kfax.RelativeDamping(0.5))
+
+
+def test_products_as_the_preconditioner():
+    """The batch may grow, hide what is not finite, and be bad."""
+    case = make_case("mlp", "squared", num_examples=8)
+
+    def loss_fn(model, batch):
+        x, y = batch
+        return kfax.squared_error(jax.vmap(model)(x), y, mask=jnp.all(jnp.isfinite(y), axis=1))
+
+    estimator = kfax.ImplicitExactCurvature(preconditioner=EXACT, solver=lx.CG(1e-12, 1e-12))
+    optimizer = make(loss_fn, kfax.Preconditioner(estimator, inverse_update_period=1))
+    hidden = (case.x, case.y.at[0].set(jnp.nan))
+    batches = [case.batch, tuple(leaf[:5] for leaf in case.batch), hidden, (case.x * jnp.nan, case.y), case.batch]
+    results = []
+    for i, (before, after, _, info) in enumerate(train(optimizer, case.model, batches)):
+        results.append(info.result == kfax.StepResult.successful)
+        if not results[-1]:
+            assert bool(eqx.tree_equal(before, after))
+            continue
+        theta, unravel, update = change(before, after)
+
+        def value(flat, batch=batches[i], unravel=unravel, like=before):
+            return loss_fn(eqx.combine(unravel(flat), like), batch).value()
+
+        seen = tuple(leaf[1:] for leaf in case.batch) if i == 2 else batches[i]
+        matrix = ggn_at(case, before, seen) + 0.1 * jnp.eye(len(theta))
+        assert_close(update, -0.1 * jnp.linalg.solve(matrix, jax.grad(value)(theta)), tolerance=1e-8)
+    assert results == [True, True, True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_statistics_once_in_a_while_in_low_precision(dtype):
+    case = make_case("mlp", "softmax")
+    model = jax.tree.map(lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, case.model)
+    batch = (case.x.astype(dtype), case.y)
+    optimizer = make(case.loss_fn, kfax.Preconditioner(EXACT, curvature_update_period=2))
+    history = train(optimizer, model, [batch] * 3)
+    same = [bool(eqx.tree_equal(history[i][2].curvature.average, history[i + 1][2].curvature.average)) for i in (0, 1)]
+    assert same == [True, False]
+    assert history[2][3].loss < history[0][3].loss
+
+
 def test_levenberg_marquardt_may_ask_for_the_exact_model():
     case = make_case("mlp", "softmax")
     infos = []
@@ -227,6 +287,12 @@ def test_calibration_finds_where_the_rule_rests():
         tries = (new.damping * 0.9**5, new.damping)
         ratios = [step(case.model, state, case.batch, damping=d)[2].reduction_ratio for d in tries]
         assert min(ratios) < 0.75 and max(ratios) > 0.25
+    # There is nothing to be found on a batch that is not finite, nor where nothing moves.
+    bad = (case.x * jnp.nan, case.y)
+    assert eqx.filter_jit(optimizer.calibrate)(case.model, state, bad).damping == state.damping
+    exact = kfax.Preconditioner(EXACT)
+    nowhere = make(lambda m, b: 0.0 * case.loss_fn(m, b), exact, damping=rule, learning_rate=auto, momentum=auto)
+    assert eqx.filter_jit(nowhere.calibrate)(case.model, state, case.batch).damping == state.damping
     with pytest.raises(ValueError, match="`calibrate` needs a damping that adapts"):
         make(case.loss_fn, None).calibrate(case.model, state, case.batch)
 
@@ -266,6 +332,10 @@ def test_norms_of_single_layers():
         assert_close(norms.update, jnp.linalg.norm(flat(pick(after)) - flat(pick(before))), tolerance=1e-9)
     total = sum(norms.gradient**2 for norms in info.layers.values())
     assert_close(jnp.sqrt(total), info.gradient_norm)
+    optimizer = make(case.loss_fn, kfax.Preconditioner(EXACT), report_layers=True, rejection=kfax.Rejection())
+    *_, undone = train(optimizer, case.model, [case.batch], learning_rate=1e6)[-1]
+    assert undone.result == kfax.StepResult.rejected
+    assert all(norms.update == 0 and norms.descent > 0 for norms in undone.layers.values())
 
 
 # -- invariance --

@@ -73,12 +73,12 @@ def test_killed_training_goes_on_to_the_same_bits(kills, tmp_path):
     chance = random.Random(0)
     for _ in range(kills):
         process = subprocess.Popen(command("parts.eqx"), stdout=subprocess.PIPE, text=True)
-        for _ in range(chance.randrange(4)):
+        for _ in range(chance.randrange(4) if kills > 1 else 3):  # at least one checkpoint
             process.stdout.readline()
         time.sleep(chance.uniform(0, 0.02))
         process.send_signal(signal.SIGKILL)
         process.communicate()
     parts = subprocess.run(command("parts.eqx"), stdout=subprocess.PIPE, text=True, check=True).stdout
-    assert "goes on from step" in parts or kills == 1
+    assert "goes on from step" in parts
     assert parts.splitlines()[-1] == whole.splitlines()[-1]
     assert whole.splitlines()[-1].startswith("digest")

@@ -1,11 +1,12 @@
 """What every estimator of a model's curvature can be asked."""
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, ArrayLike, Bool, Float
 
@@ -79,6 +80,10 @@ class CurvatureEstimator(eqx.Module):
         return self.fold(state, self.measure(self.linearize(problem), source_key))
 
     @abc.abstractmethod
+    def weight(self, state: Any) -> Scalar:
+        """What the estimate rests on: zero before the first update."""
+
+    @abc.abstractmethod
     def nothing(self, state: Any) -> Any:
         """What is measured on no example, the zero of `add`."""
 
@@ -97,16 +102,34 @@ class CurvatureEstimator(eqx.Module):
         """Gives `solve` another damping, for those blocks for which that takes no refresh; others keep theirs."""
 
     @abc.abstractmethod
-    def keep_finite(self, state: Any, previous: Any) -> tuple[Any, Bool[Array, ""]]:
-        """Undoes, after a refresh, what of it failed.
+    def fold_finite(self, state: Any, measured: Any, is_good: Bool[Array, ""]) -> tuple[Any, Bool[Array, ""]]:
+        """`fold`, if what was measured is good and finite.
 
         **Arguments:**
 
-        - `state`: after the refresh.
-        - `previous`: before it.
+        - `state`: before it.
+        - `measured`: on a batch.
+        - `is_good`: whether it is wanted at all.
 
-        **Returns:** the state, with those inverses that are not finite, or of nothing, as they were in `previous`; and
-        whether there were any.
+        **Returns:** the state, and whether it is as before because something measured is not finite.
+        """
+
+    @abc.abstractmethod
+    def refresh_finite(
+        self,
+        state: Any,
+        parameters: Parameters,
+        damping: ArrayLike | Mapping[str, ArrayLike],
+        only: Collection[str] | None = None,
+    ) -> tuple[Any, Bool[Array, ""]]:
+        """`refresh`, of what can be inverted.
+
+        **Arguments:** as for `refresh`.
+
+        - `only`: keys of the blocks to be refreshed, if the estimator has blocks; all if not given.
+
+        **Returns:** the state, with those inverses as before that are not finite, or of nothing; and whether there are
+        any.
         """
 
     @abc.abstractmethod
@@ -204,4 +227,4 @@ _PSD = lx.positive_semidefinite_tag
 def total_weight(losses: tuple[Loss, ...]) -> Scalar:
     """How much a batch counts in a mean over batches: its number of examples, or the sum of their weights."""
     weights = [loss.total_weight() for loss in losses]
-    return sum(weights[1:], weights[0]) / len(weights)
+    return (sum(weights[1:], weights[0]) / len(weights)).astype(jnp.result_type(float))

@@ -18,7 +18,7 @@ from .._layers import from_matrices, Part, parts, to_matrices
 from .._registry import split_parameters
 from .._scalars import within_unit
 from .._sources import CurvaturePropagation, CurvatureSource
-from .._tree import all_finite, select
+from .._tree import all_finite, keep_finite, select
 from .._types import Model, Parameters, PRNGKey, Scalar, Where
 from .base import (
     check_source,
@@ -99,6 +99,15 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         average = state.average.update(measured.value, self.decay, measured.weight)
         return BlockDiagonalState(average, state.inverses)
 
+    def fold_finite(
+        self, state: BlockDiagonalState, measured: MovingAverage, is_good: Bool[Array, ""]
+    ) -> tuple[BlockDiagonalState, Bool[Array, ""]]:
+        finite = all_finite(measured)
+        return select(is_good & finite, self.fold(state, measured), state), ~finite
+
+    def weight(self, state: BlockDiagonalState) -> Scalar:
+        return state.average.weight
+
     def nothing(self, state: BlockDiagonalState) -> MovingAverage:
         return MovingAverage.zeros(state.average.value)
 
@@ -149,15 +158,17 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         """
         return {key: part.block.refresh_flops(part.operation.shape()) for key, part in parts(parameters).items()}
 
-    def keep_finite(
-        self, state: BlockDiagonalState, previous: BlockDiagonalState
+    def refresh_finite(
+        self,
+        state: BlockDiagonalState,
+        parameters: Parameters,
+        damping: ArrayLike | Mapping[str, ArrayLike],
+        only: Collection[str] | None = None,
     ) -> tuple[BlockDiagonalState, Bool[Array, ""]]:
-        inverses, failed = {}, jnp.zeros((), bool)
-        for key, new in state.inverses.items():
-            finite = all_finite(new) & (state.average.weight > 0)
-            inverses[key] = select(finite, new, previous.inverses[key])
-            failed |= ~finite
-        return BlockDiagonalState(state.average, inverses), failed
+        refreshed = self.refresh(state, parameters, damping, only).inverses
+        mine = {key: refreshed[key] for key in (refreshed if only is None else only)}
+        kept, failed = keep_finite(mine, state.inverses, self.weight(state) > 0)
+        return BlockDiagonalState(state.average, state.inverses | kept), failed
 
     def redamp(
         self, state: BlockDiagonalState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]

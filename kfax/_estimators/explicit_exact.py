@@ -1,6 +1,6 @@
 """The exact curvature matrix, formed."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import equinox as eqx
 import jax
@@ -123,6 +123,15 @@ class ExplicitExactCurvature(CurvatureEstimator):
         average = state.average.update(measured.average.value, self.decay, measured.average.weight)
         return ExplicitExactState(average, state.inverse, state.layout)
 
+    def fold_finite(
+        self, state: ExplicitExactState, measured: ExplicitExactBatch, is_good: Bool[Array, ""]
+    ) -> tuple[ExplicitExactState, Bool[Array, ""]]:
+        finite = all_finite(measured)
+        return select(is_good & finite, self.fold(state, measured), state), ~finite
+
+    def weight(self, state: ExplicitExactState) -> Scalar:
+        return state.average.weight
+
     def nothing(self, state: ExplicitExactState) -> ExplicitExactBatch:
         return ExplicitExactBatch(MovingAverage.zeros(state.average.value), state.layout)
 
@@ -150,12 +159,17 @@ class ExplicitExactCurvature(CurvatureEstimator):
         results = linalg.by_size(function, self.inversion.matrices(product, common))
         return ExplicitExactState(state.average, self.inversion.finish(product, common, tuple(results)), state.layout)
 
-    def keep_finite(
-        self, state: ExplicitExactState, previous: ExplicitExactState
+    def refresh_finite(
+        self,
+        state: ExplicitExactState,
+        parameters: Parameters,
+        damping: ArrayLike | Mapping[str, ArrayLike],
+        only: Collection[str] | None = None,
     ) -> tuple[ExplicitExactState, Bool[Array, ""]]:
-        finite = all_finite(state.inverse) & (state.average.weight > 0)
-        inverse = select(finite, state.inverse, previous.inverse)
-        return ExplicitExactState(state.average, inverse, state.layout), ~finite
+        del only
+        refreshed = self.refresh(state, parameters, damping)
+        finite = all_finite(refreshed.inverse) & (self.weight(state) > 0)
+        return select(finite, refreshed, state), ~finite
 
     def redamp(
         self, state: ExplicitExactState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]

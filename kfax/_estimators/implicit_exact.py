@@ -1,7 +1,7 @@
 """Products with the exact curvature matrix, which is never formed."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import equinox as eqx
@@ -15,7 +15,7 @@ from .._capture import Cotangents, Linearization, linearize, linearize_outputs, 
 from .._registry import parameters_of
 from .._sources import CurvatureSource, ExactGGN
 from .._tree import combine, dot, norm, zeros_like
-from .._types import Model, Parameters, PRNGKey, Where
+from .._types import Model, Parameters, PRNGKey, Scalar, Where
 from .base import CurvatureEstimator, inverse_of, narrow, operator_of
 from .damping import damping_by_parameter, wide
 from .eigendecomposition import Eigendecomposition
@@ -122,6 +122,17 @@ class ImplicitExactCurvature(CurvatureEstimator):
             inner = self.preconditioner.fold(inner, measured.preconditioner)
         return ImplicitExactState(measured.problem, measured.key, state.damping, inner)
 
+    def fold_finite(
+        self, state: ImplicitExactState, measured: ImplicitExactBatch, is_good: Bool[Array, ""]
+    ) -> tuple[ImplicitExactState, Bool[Array, ""]]:
+        inner, failed = state.preconditioner, jnp.zeros((), bool)
+        if self.preconditioner is not None:
+            inner, failed = self.preconditioner.fold_finite(inner, measured.preconditioner, is_good)
+        return ImplicitExactState(measured.problem, measured.key, state.damping, inner), failed
+
+    def weight(self, state: ImplicitExactState) -> Scalar:
+        return jnp.asarray(0.0 if state.problem is None else 1.0)
+
     def nothing(self, state: ImplicitExactState) -> ImplicitExactBatch:
         raise ValueError(_ONE_BATCH)
 
@@ -144,27 +155,23 @@ class ImplicitExactCurvature(CurvatureEstimator):
             inner = self.preconditioner.refresh(inner, parameters, damping)
         return ImplicitExactState(state.problem, state.key, damping_by_parameter(parameters, damping), inner)
 
-    def keep_finite(
-        self, state: ImplicitExactState, previous: ImplicitExactState
+    def refresh_finite(
+        self,
+        state: ImplicitExactState,
+        parameters: Parameters,
+        damping: ArrayLike | Mapping[str, ArrayLike],
+        only: Collection[str] | None = None,
     ) -> tuple[ImplicitExactState, Bool[Array, ""]]:
-        if self.preconditioner is None:
-            return state, jnp.zeros((), bool)
-        inner, failed = self.preconditioner.keep_finite(state.preconditioner, previous.preconditioner)
-        return ImplicitExactState(state.problem, state.key, state.damping, inner), failed
+        inner, failed = state.preconditioner, jnp.zeros((), bool)
+        if self.preconditioner is not None:
+            inner, failed = self.preconditioner.refresh_finite(inner, parameters, damping, only)
+        damping = damping_by_parameter(parameters, damping)
+        return ImplicitExactState(state.problem, state.key, damping, inner), failed
 
     def redamp(
         self, state: ImplicitExactState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
     ) -> ImplicitExactState:
-        """As `refresh`, but without a refresh of the preconditioner.
-
-        **Arguments:**
-
-        - `state`: after an update.
-        - `parameters`: any PyTree like the parameters.
-        - `damping`: λ, or one for each block by key, as for [`kfax.BlockDiagonalCurvature`][]. [loss/param²]
-
-        **Returns:** the state with this damping.
-        """
+        """As `refresh`, but without a refresh of the preconditioner."""
         inner = state.preconditioner
         if self.preconditioner is not None:
             inner = self.preconditioner.redamp(inner, parameters, damping)
@@ -189,8 +196,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
         problem = _problem(state)
         if isinstance(self.source, Hessian):
             multiply = linear_map(self.source, problem, state.key)
-            lefts, rights = list(vectors), [multiply(v) for v in vectors]
-            scale = 1.0
+            lefts, rights, scale = list(vectors), [multiply(v) for v in vectors], 1.0
         else:
             outputs = linearize_outputs(problem)
             lefts = [outputs.push(v) for v in vectors]

@@ -170,8 +170,7 @@ METHODS = {
     "kfac-jax": KfacJax,
     "kfac-jax, kfax's damping": lambda data: KfacJax(data, **json.loads((RESULTS / "damping.json").read_text())),
     "Adam 1e-3": lambda data: Optax(data, optax.adam(1e-3)),
-    "Adam 3e-4": lambda data: Optax(data, optax.adam(3e-4)),
-    "Muon 1e-3": lambda data: Optax(data, optax.contrib.muon(1e-3)),
+    "Muon 1e-2": lambda data: Optax(data, optax.contrib.muon(1e-2)),
 }
 
 

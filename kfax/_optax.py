@@ -15,7 +15,7 @@ from ._preconditioner import Preconditioner, PreconditionerState
 from ._present import problem_with
 from ._rescale import limit
 from ._scalars import positive, scheduled
-from ._tree import all_finite, combine, cond, dot, select, zeros_like
+from ._tree import all_finite, anywhere, combine, cond, dot, select, zeros_like
 from ._types import Counter, Model, Parameters, PRNGKey, Scalar, Schedule, Where
 
 
@@ -138,14 +138,15 @@ class _Link(eqx.Module):
     def _take_in(self, problem: Problem, state: ScaleByCurvatureState, key: PRNGKey | None, is_good: Any) -> Any:
         """The preconditioner's state with the statistics of the batch, if they are due."""
         preconditioner, estimator = self.preconditioner, self.preconditioner.estimator
+        due = preconditioner.wants_curvature(state.preconditioner, state.step)
         if preconditioner.batch is not None:
             problem = problem_with(problem, preconditioner.batch(problem.batch, state.step))
 
         def fold():
             measured = estimator.measure(estimator.linearize(problem), key)
-            return preconditioner.fold(state.preconditioner, measured, is_good)[0]
+            return preconditioner.fold(state.preconditioner, measured, is_good & due)[0]
 
-        return cond(preconditioner.wants_curvature(state.step), fold, lambda: state.preconditioner)
+        return cond(due if due is True else anywhere(due), fold, lambda: state.preconditioner)
 
 
 def _restrict(tree: Parameters, like: Parameters) -> Parameters:

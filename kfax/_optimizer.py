@@ -21,7 +21,7 @@ from ._registry import split_parameters
 from ._rescale import NormConstraint, Rejection
 from ._scalars import positive, scalar
 from ._step import check_state, OptimizerState, StepInfo
-from ._tree import cond, is_traced, zeros_like
+from ._tree import anywhere, cond, is_traced, zeros_like
 from ._types import Model, PRNGKey, Schedule, Where
 
 
@@ -186,7 +186,7 @@ class Optimizer(eqx.Module):
             None if damping is None else positive("damping", damping),
         )
         problem, key = self._problem(model, state, batch, key, model_state)
-        due = self.preconditioner.wants_curvature(state.step)
+        due = self.preconditioner.wants_curvature(state.preconditioner, state.step)
         present, state, failed = self._observe(problem, state, key, due)
         attempt = self._rules.attempt(present, state, given, is_measured=self.rejection is not None)
         parameters, state, info = self._rules.conclude(present, state, attempt, failed, self.report_layers)
@@ -294,13 +294,14 @@ class Optimizer(eqx.Module):
     ) -> tuple[Present, OptimizerState, Bool[Array, ""]]:
         """Runs the batch, and takes its curvature into the state if that is due and finite; and whether it is not."""
         estimator, curvature = self.estimator, state.curvature
+        for_anyone = due if due is True else anywhere(due)
 
         def measure(linearization, key, measured):
             if measured is None:
                 new = lambda: estimator.measure(linearization, key)  # noqa: E731
-                return cond(due, new, lambda: estimator.nothing(curvature))
+                return cond(for_anyone, new, lambda: estimator.nothing(curvature))
             more = lambda: estimator.add(measured, estimator.measure(linearization, key))  # noqa: E731
-            return cond(due, more, lambda: measured)
+            return cond(for_anyone, more, lambda: measured)
 
         arguments = (problem, self.l2, self.micro_batches, key)
         if self.preconditioner.batch is None:
@@ -310,9 +311,9 @@ class Optimizer(eqx.Module):
             present, _ = observe(*arguments, linearize, lambda linearization, key, measured: None, None)
             part = problem_with(problem, self.preconditioner.batch(problem.batch, state.step))
             new = lambda: estimator.measure(estimator.linearize(part), key)  # noqa: E731
-            measured = cond(due, new, lambda: estimator.nothing(curvature))
-        fold = lambda: self.preconditioner.fold(state.preconditioner, measured, present.is_good)  # noqa: E731
-        preconditioner, failed = cond(due, fold, lambda: (state.preconditioner, jnp.zeros((), bool)))
+            measured = cond(for_anyone, new, lambda: estimator.nothing(curvature))
+        fold = lambda: self.preconditioner.fold(state.preconditioner, measured, present.is_good & due)  # noqa: E731
+        preconditioner, failed = cond(for_anyone, fold, lambda: (state.preconditioner, jnp.zeros((), bool)))
         return present, eqx.tree_at(lambda s: s.preconditioner, state, preconditioner), failed
 
 

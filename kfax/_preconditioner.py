@@ -139,16 +139,17 @@ class Preconditioner(eqx.Module):
             number = number * mean(jax.tree.map(jnp.abs, diagonal))
         return number, self.damping.value(number, step)
 
-    def wants_curvature(self, step: Counter) -> Bool[Array, ""] | bool:
-        """Whether this step is to measure the curvature."""
-        return is_due(step, self.curvature_update_period)
+    def wants_curvature(self, state: PreconditionerState, step: Counter) -> Bool[Array, ""] | bool:
+        """Whether this step is to measure the curvature: in its turn, and if nothing is known yet."""
+        due = is_due(step, self.curvature_update_period)
+        return True if due is True else due | (self.estimator.weight(state.curvature) == 0)
 
     def fold(
-        self, state: PreconditionerState, measured: Any, is_good: Bool[Array, ""]
+        self, state: PreconditionerState, measured: Any, is_wanted: Bool[Array, ""]
     ) -> tuple[PreconditionerState, Bool[Array, ""]]:
-        """Takes in what was measured on a good batch if it is finite; and whether it is not."""
-        curvature, failed = self.estimator.fold_finite(state.curvature, measured, is_good)
-        return PreconditionerState(curvature, state.eigendecomposition, state.is_stale), failed
+        """Takes in what was measured if it is wanted and finite; and whether it is not finite."""
+        curvature, failed = self.estimator.fold_finite(state.curvature, measured, is_wanted)
+        return PreconditionerState(curvature, state.eigendecomposition, state.is_stale), failed & is_wanted
 
     def maybe_refresh(
         self,

@@ -14,11 +14,23 @@ VARIANTS = {
     "transformer": [[]],
     "convnet": [[]],
     "curvature_spectrum": [[], ["--width", "20"]],
+    "ensemble_sweep": [[]],
+    "lora": [[]],
+    "custom_loss": [[]],
+    "optax_chain": [[]],
+    "preconditioned_cg": [[]],
 }
 # These are run by tests of their own.
 OTHERS = ("resume",)
 # What is printed, if not a comparison of optimizers.
-PRINTED = {"curvature_spectrum": ("K-FAC", "exact GGN", "full blocks", "trace")}
+PRINTED = {
+    "curvature_spectrum": ("K-FAC", "exact GGN", "full blocks", "trace"),
+    "ensemble_sweep": ("averaged predictions", "sweep"),
+    "lora": ("K-FAC", "Adam", "before"),
+    "custom_loss": ("Student's t", "squared error", "distance"),
+    "optax_chain": ("scale_by_curvature", "scale_by_adam"),
+    "preconditioned_cg": ("no preconditioner", "diagonal", "exact damping"),
+}
 # These take most of a minute to compile.
 LONG = ("convnet", "transformer")
 # Of an example with several variants all but the last are slow.

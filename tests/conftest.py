@@ -5,6 +5,7 @@ import gc
 import os
 import pathlib
 import sys
+import tempfile
 
 import pytest
 
@@ -20,6 +21,13 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_llvm_disable_expensive_passes=true",
     ]
 )
+
+# Many programs are compiled by several tests. They share them here, as do the worker processes, which inherit this.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    PROGRAMS = tempfile.TemporaryDirectory(prefix="kfax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # LAPACK's own threads, two processes' worth of them on two cores, would spend their time waiting for each other.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"

@@ -99,9 +99,7 @@ def main(arguments=None):
 
     # Curvature on every other batch, its inverses a few at a time.
     preconditioner = kfax.Preconditioner(curvature_update_period=2, inverse_update_period=kfax.Staggered(10))
-    curvature = kfax.scale_by_curvature(
-        loss_fn, damping=kfax.RelativeDamping(0.1), preconditioner=preconditioner, norm_constraint=0.1
-    )
+    curvature = kfax.scale_by_curvature(loss_fn, damping=1e-2, preconditioner=preconditioner, norm_constraint=0.1)
     chains = {
         "scale_by_curvature": chain(curvature, 0.1, num_steps),
         "scale_by_adam": chain(optax.scale_by_adam(), 3e-3, num_steps),

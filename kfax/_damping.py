@@ -215,6 +215,9 @@ class RelativeDamping(eqx.Module):
     What is right for one network or loss is then about right for another: the number has no unit, and does not change
     when the loss is multiplied by a constant. The mean eigenvalue, the mean of the diagonal, is taken at each step.
 
+    Beware of it with learning rates that are given, on data that can be fitted: the curvature of a cross entropy
+    vanishes with the loss, and λ with it, until steps are too long.
+
     ??? cite "Source"
         Grosse et al. 2023, arXiv:2308.03296, damp by a tenth of the mean eigenvalue. For the choice of λ by the scale
         of the curvature see also Ishikawa & Karakida 2023, arXiv:2312.12226.

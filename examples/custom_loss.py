@@ -57,7 +57,7 @@ class StudentT(kfax.Loss):
 
 def robust(model, batch):
     inputs, targets = batch
-    return StudentT(jax.vmap(model)(inputs), targets, kfax.Weighting())
+    return StudentT(outputs=jax.vmap(model)(inputs), targets=targets, weighting=kfax.Weighting())
 
 
 def squared(model, batch):
@@ -117,8 +117,8 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     num_steps = 3 if options.smoke else options.steps
 
-    data = draw_data(np.random.default_rng(0), 400)
-    kfax.check_loss(StudentT(*data, kfax.Weighting()), key=jax.random.key(0))
+    inputs, targets = data = draw_data(np.random.default_rng(0), 400)
+    kfax.check_loss(StudentT(outputs=inputs, targets=targets, weighting=kfax.Weighting()), key=jax.random.key(0))
     model, grid = kfax.tag(eqx.nn.MLP(1, 1, 32, 2, jnp.tanh, key=jax.random.key(1))), jnp.linspace(-2, 2, 200)[:, None]
     table = Table("loss", *(Column(name, justify="right") for name in ("before", "after", "distance from the truth")))
     models = {}

@@ -216,9 +216,10 @@ def test_a_random_source_without_a_key(case):
 
 
 def test_periods_and_decays_out_of_range(case):
-    for name in ("inverse_update_period", "curvature_update_period"):
-        with pytest.raises(ValueError, match=f"`{name}` must be a whole number, at least 1"):
-            kfax.Preconditioner(**{name: 0})
+    with pytest.raises(ValueError, match="`inverse_update_period` must be a whole number, at least 1"):
+        kfax.Preconditioner(inverse_update_period=0)
+    with pytest.raises(ValueError, match="`curvature_update_period` must be a whole number, at least 1"):
+        kfax.Preconditioner(curvature_update_period=0)
     with pytest.raises(ValueError, match="`period`.*at least 1"):
         kfax.LevenbergMarquardt(1.0, period=0)
     for make in (lambda v: kfax.LevenbergMarquardt(1.0, decay=v), lambda v: kfax.BlockDiagonalCurvature(decay=v)):

@@ -177,8 +177,15 @@ SCENARIOS = [
 KINDS = [pytest.param(moments, id="sum"), pytest.param(gradients, id="linear")]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [None, NAME])
+# Of what has no name, one kind is slow.
+NAMED = [
+    pytest.param(name, *kind.values, id=f"{name}-{kind.id}", marks=[pytest.mark.slow] if name is None and i else [])
+    for name in (None, NAME)
+    for i, kind in enumerate(KINDS)
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), NAMED)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.name)
 def test_equals_explicit_rows(scenario, name, kind):
     if scenario.needs_name and name is None:
@@ -295,8 +302,7 @@ STACKED = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [None, NAME])
+@pytest.mark.parametrize(("name", "kind"), NAMED)
 @pytest.mark.parametrize("case", STACKED)
 def test_stacked_layers(case, name, kind):
     model, explicit = STACKED[case]

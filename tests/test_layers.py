@@ -116,6 +116,10 @@ def same_operation(case):
     return operations[:, None] == operations[None, :], stamps[:, None] == stamps[None, :]
 
 
+def every_other(i, *row):
+    return pytest.param(*row, marks=[pytest.mark.slow] if i % 2 else [])
+
+
 def rarely(*row):
     return pytest.param(*row, marks=[] if row[0] == SOME_LAYERS[0] else [pytest.mark.slow])
 
@@ -123,7 +127,7 @@ def rarely(*row):
 @pytest.mark.parametrize(
     ("name", "block", "axis"),
     [
-        *((name, "full", "batch") for name in LAYERS),
+        *(every_other(i, name, "full", "batch") for i, name in enumerate(LAYERS)),
         *(rarely(name, block, "batch") for name in SOME_LAYERS for block in ("diagonal", "unit-wise")),
         *(rarely(name, "full", None) for name in SOME_LAYERS),
     ],

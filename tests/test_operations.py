@@ -80,10 +80,10 @@ def _id(row):
 
 
 def rows():
-    """The whole grid; all but a tenth of it is slow."""
+    """The whole grid; all but a twentieth of it is slow."""
     for i, row in enumerate([*convolutions(), *transposed_convolutions()]):
         is_special = "padding_mode" in row[2] or row[2].get("groups") == 4
-        yield pytest.param(row, id=_id(row), marks=[] if i % (3 if is_special else 10) == 0 else [pytest.mark.slow])
+        yield pytest.param(row, id=_id(row), marks=[] if i % (6 if is_special else 20) == 0 else [pytest.mark.slow])
 
 
 @pytest.mark.parametrize("row", list(rows()))

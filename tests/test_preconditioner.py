@@ -1,6 +1,7 @@
 """The preconditioner: when its parts are renewed, its damping, its power, and the norms that it bounds."""
 
 import dataclasses
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -19,7 +20,7 @@ EXACT = kfax.BlockDiagonalCurvature(kfax.ExactGGN())
 
 
 def make(loss_fn, preconditioner, **options):
-    settings = {"learning_rate": 0.1, "momentum": 0.0, "damping": 0.1}
+    settings: dict[str, Any] = {"learning_rate": 0.1, "momentum": 0.0, "damping": 0.1}
     return kfax.Optimizer(loss_fn, preconditioner=preconditioner, **(settings | options))
 
 
@@ -307,8 +308,8 @@ def test_the_norm_constraint_is_tight_where_it_is_active(active):
     rate = kfax.NormConstraint(0.3, bound)
     preconditioner = kfax.Preconditioner(EXACT, inverse_update_period=1)
     optimizer = make(case.loss_fn, preconditioner, learning_rate=rate, momentum=0.7)
-    velocity = 0.0
-    for before, after, state, info in train(optimizer, case.model, [case.batch] * 3):
+    velocity, history = 0.0, train(optimizer, case.model, [case.batch] * 3)
+    for before, after, state, info in history:
         theta, unravel, update = change(before, after)
         gradient = gradient_at(case, theta, unravel)
         natural = flat(EXACT.solve(state.curvature, unravel(gradient)))
@@ -317,7 +318,8 @@ def test_the_norm_constraint_is_tight_where_it_is_active(active):
         assert_close(info.learning_rate, jnp.asarray(alpha))
         assert_close(update, -alpha * natural + 0.7 * velocity, tolerance=1e-9)  # differences of parameters
         velocity = update
-    *_, given = eqx.filter_jit(optimizer.step)(before, state, case.batch, key=jax.random.key(9), learning_rate=1e6)
+    _, model, state, _ = history[-1]
+    *_, given = eqx.filter_jit(optimizer.step)(model, state, case.batch, key=jax.random.key(9), learning_rate=1e6)
     assert given.learning_rate < 1e6
 
 

@@ -114,11 +114,11 @@ def test_a_first_batch_of_nans(kind):
 
 def test_without_an_inverse_a_step_does_not_pass_for_a_good_one():
     model, (x, y) = small_case()
-    weights = {"weights": jnp.zeros(len(x))}
+    nothing = jnp.zeros(len(x))
 
     def loss_fn(model, batch):
         return [
-            kfax.squared_error(jax.vmap(model)(batch[0]), batch[1], **weights),
+            kfax.squared_error(jax.vmap(model)(batch[0]), batch[1], weights=nothing),
             kfax.Penalty(jnp.sum(model.layers[0].bias)),
         ]
 

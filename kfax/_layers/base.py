@@ -40,7 +40,7 @@ class TaggedLayer(eqx.Module):
     slots: AbstractVar[Slots]
 
     @abc.abstractmethod
-    def operations(self) -> dict[str, Operation]:
+    def operations(self) -> Mapping[str, Operation]:
         """What the layer does with its parameters, each trained array in one operation; `{"": ...}` if it is one.
 
         Arrays of the layer are to be passed on as they are, without computing on them: they may be `None`, for a

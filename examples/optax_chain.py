@@ -102,7 +102,7 @@ def main(arguments=None):
     curvature = kfax.scale_by_curvature(loss_fn, damping=1e-2, preconditioner=preconditioner, norm_constraint=0.1)
     chains = {
         "scale_by_curvature": chain(curvature, 0.1, num_steps),
-        "scale_by_adam": chain(optax.scale_by_adam(), 3e-3, num_steps),
+        "scale_by_adam": chain(optax.scale_by_adam(), 1e-2, num_steps),
     }
     with Progress() as progress:
         bar = progress.add_task("training", total=len(chains) * num_steps)

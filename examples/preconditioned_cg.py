@@ -1,4 +1,4 @@
-"""Solves `(C + λI) x = ∇h` for the exact GGN of a classifier by conjugate gradients: plain, and preconditioned.
+"""Solves `(C + λI) x = ∇h` for the exact GGN of an autoencoder by conjugate gradients: plain, and preconditioned.
 
 Needs `pip install "kfax[examples]"`, and a minute on two cores. Prints a table, and saves a plot. The matrix is never
 formed: it is an operator of lineax, as its preconditioner is, and so is any matrix of `kfax.ImplicitExactCurvature`.
@@ -30,9 +30,8 @@ BLOCKS = {
 }
 
 
-def loss_fn(model, batch):
-    images, labels = batch
-    return kfax.softmax_cross_entropy(jax.vmap(model)(images), labels)
+def loss_fn(model, images):
+    return kfax.sigmoid_cross_entropy(jax.vmap(model)(images), images)
 
 
 def train(model, data, num_steps):
@@ -88,9 +87,8 @@ def main(arguments=None):
     jax.config.update("jax_enable_x64", True)  # for residuals over many orders of magnitude
     num_steps, tolerances = (3, TOLERANCES[:2]) if options.smoke else (options.steps, TOLERANCES)
 
-    images, labels = load_digits(return_X_y=True)
-    data = jnp.asarray(images / 16), jnp.asarray(labels)
-    model = train(kfax.tag(eqx.nn.MLP(64, 10, 32, 1, jnp.tanh, key=jax.random.key(0))), data, num_steps)
+    data = jnp.asarray(load_digits().data / 16)
+    model = train(kfax.tag(eqx.nn.MLP(64, 64, 16, 1, jnp.tanh, key=jax.random.key(0))), data, num_steps)
     curves = {}
     for name, block in track(BLOCKS.items(), "solving"):
         curves[name] = np.array([solve(model, block, data, jnp.asarray(tolerance)) for tolerance in tolerances]).T

@@ -87,7 +87,7 @@ def main(arguments=None):
     jax.config.update("jax_enable_x64", True)  # for residuals over many orders of magnitude
     num_steps, tolerances = (3, TOLERANCES[:2]) if options.smoke else (options.steps, TOLERANCES)
 
-    data = jnp.asarray(load_digits().data / 16)
+    data = jnp.asarray(load_digits(return_X_y=True)[0] / 16)
     model = train(kfax.tag(eqx.nn.MLP(64, 64, 16, 1, jnp.tanh, key=jax.random.key(0))), data, num_steps)
     curves = {}
     for name, block in track(BLOCKS.items(), "solving"):

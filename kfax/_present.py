@@ -102,7 +102,7 @@ def _check_model_state(old: Any, new: Any) -> None:
         return structure, {jax.tree_util.keystr(path): describe(leaf) for path, leaf in leaves}
 
     (was, before), (now, after) = layout(old), layout(new)
-    if new is None or (was == now and before == after):
+    if was == now and before == after:
         return
     where = [path for path in before | after if before.get(path) != after.get(path)] or [""]
     raise ValueError(

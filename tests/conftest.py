@@ -59,8 +59,12 @@ def release_programs():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """How many rows of the tables of cases ran."""
-    passed = [r for r in terminalreporter.stats.get("passed", []) if "combination" in r.keywords]
+    """How many rows of the tables of cases ran, and how many code blocks of the documentation."""
+    reports = terminalreporter.stats.get("passed", [])
+    num_blocks = sum(value for r in reports for name, value in r.user_properties if name == "code blocks")
+    if num_blocks:
+        terminalreporter.write_line(f"{num_blocks} code blocks of README and documentation ran")
+    passed = [r for r in reports if "combination" in r.keywords]
     by_file = collections.Counter(report.nodeid.partition("::")[0].removeprefix("tests/") for report in passed)
     if by_file:
         counts = ", ".join(f"{name} {number}" for name, number in sorted(by_file.items()))

@@ -1,5 +1,6 @@
 """The code in README and documentation runs, prints what they say it prints, and API pages list what exists."""
 
+import functools
 import itertools
 import os
 import pathlib
@@ -62,7 +63,7 @@ def name_of(page):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if expected_outputs(page)], ids=name_of)
-def test_the_code_of_a_page_runs(page, tmp_path):
+def test_the_code_of_a_page_runs(page, tmp_path, record_property):
     # In a process of its own: readers have JAX's defaults, not the settings of these tests.
     script = tmp_path / f"{page.stem}.py"
     script.write_text(as_script(page), encoding="utf-8")
@@ -75,6 +76,7 @@ def test_the_code_of_a_page_runs(page, tmp_path):
     for output, expected in zip(printed, expected_outputs(page), strict=True):
         if expected is not None:
             assert output.rstrip("\n") == expected
+    record_property("code blocks", len(printed))
 
 
 @pytest.mark.parametrize("page", API_PAGES, ids=name_of)
@@ -82,3 +84,19 @@ def test_the_members_listed_on_an_api_page_exist(page):
     for name, options in re.findall(r"^::: kfax\.(\w+)\n((?: {4}.*\n)*)", page.read_text("utf-8"), re.M):
         missing = set(re.findall(r"^ +- (\w+)$", options, re.M)) - set(dir(getattr(kfax, name)))
         assert not missing, f"kfax.{name} has no {missing}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"], ids=name_of)
+def test_what_a_page_names_exists(page):
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"\bkfax((?:\.[A-Za-z_]\w*)+)", text):
+        functools.reduce(getattr, name.split(".")[1:], kfax)
+    for path in re.findall(r"\b(?:benchmarks|docs|examples|kfax|tests)/[\w/-]+\.\w+", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=name_of)
+def test_every_example_has_a_page_with_its_code(example):
+    page = ROOT / "docs" / "examples" / f"{example.stem}.md"
+    assert f'--8<-- "examples/{example.name}"' in page.read_text(encoding="utf-8").splitlines()
+    assert f"({page.name})" in (page.parent / "index.md").read_text(encoding="utf-8")

@@ -37,6 +37,17 @@ class Evaluation(eqx.Module):
         return sum((loss.value() for loss in self.losses), self.penalty)
 
 
+def split_key(key: Any) -> tuple[PRNGKey | None, PRNGKey | None]:
+    """One key for `loss_fn` and one for the curvature's source, of the one that a user gave, if any."""
+    if key is None:
+        return None, None
+    try:
+        loss_key, source_key = jax.random.split(key)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`key` must be a single JAX key, such as `jax.random.key(0)`, got {key!r}.") from error
+    return loss_key, source_key
+
+
 def evaluate(
     loss_fn: Callable, model: Model, batch: Any, *, key: PRNGKey | None = None, model_state: Any = None
 ) -> Evaluation:

@@ -11,6 +11,7 @@ from jaxtyping import ArrayLike
 
 from ._capture import Problem
 from ._damping import check_blind, DampingRule, own_damping, RelativeDamping, rule_of
+from ._objective import split_key
 from ._preconditioner import Preconditioner, PreconditionerState
 from ._present import problem_with
 from ._rescale import limit
@@ -118,7 +119,7 @@ class _Link(eqx.Module):
                 "`kfax.scale_by_curvature` needs to see model and batch: call "
                 "`optim.update(gradients, state, params, model=model, batch=batch)`."
             )
-        loss_key, source_key = (None, None) if key is None else jax.random.split(key)
+        loss_key, source_key = split_key(key)
         problem = Problem(self.loss_fn, model, batch, loss_key, model_state, self.frozen)
         parameters, step = problem.parameters, state.step
         gradient = _restrict(updates, parameters)

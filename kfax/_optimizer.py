@@ -14,13 +14,14 @@ from ._check import check
 from ._damping import DampingRule, own_damping, RelativeDamping
 from ._estimators import CurvatureEstimator, ImplicitExactCurvature
 from ._l2 import L2
+from ._objective import split_key
 from ._preconditioner import check_period, Preconditioner
 from ._present import observe, Present, problem_with
 from ._quadratic import QuadraticModel
 from ._registry import split_parameters
 from ._rescale import NormConstraint, Rejection
 from ._scalars import positive, scalar
-from ._step import check_state, OptimizerState, StepInfo
+from ._step import OptimizerState, parameters_for, StepInfo
 from ._tree import anywhere, cond, is_traced, zeros_like
 from ._types import Model, PRNGKey, Schedule, Where
 
@@ -214,8 +215,7 @@ class Optimizer(eqx.Module):
 
         **Returns:** the state with new inverses; those that are not finite are as before.
         """
-        parameters, _ = split_parameters(model, self.frozen)
-        check_state(state, parameters)
+        parameters = parameters_for(state, model, self.frozen)
         l2 = self.l2.damping(self.l2.mask(model, parameters), parameters)
         _, damping = self._rules.dampings(state, parameters, l2, None)
         preconditioner, _ = self.preconditioner.refresh(state.preconditioner, parameters, damping)
@@ -284,9 +284,8 @@ class Optimizer(eqx.Module):
         self, model: Model, state: OptimizerState, batch: Any, key: PRNGKey | None, model_state: Any
     ) -> tuple[Problem, PRNGKey | None]:
         """What is to be run, and a key for the curvature."""
-        parameters, _ = split_parameters(model, self.frozen)
-        check_state(state, parameters)
-        loss_key, source_key = (None, None) if key is None else jax.random.split(key)
+        parameters_for(state, model, self.frozen)
+        loss_key, source_key = split_key(key)
         return Problem(self.loss_fn, model, batch, loss_key, model_state, self.frozen), source_key
 
     def _observe(

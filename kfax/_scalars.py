@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ._tree import is_traced
@@ -57,6 +58,11 @@ def scheduled(name: str, schedule: Schedule, step: Counter) -> Scalar:
     """What a schedule says for a step."""
     try:
         value = jnp.asarray(schedule(step), jnp.result_type(float))
+    except jax.errors.ConcretizationTypeError as error:
+        raise ValueError(
+            f"The schedule for `{name}` asks for the value of the step, as by `if`, which is not known while it is "
+            "compiled. Choose by `jnp.where(step < 100, 0.1, 0.01)`, or take a schedule of optax."
+        ) from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"The schedule for `{name}` must return a number for a step.") from error
     if value.ndim != 0:

@@ -8,8 +8,9 @@ from jaxtyping import Array, Bool
 
 from ._layers import parts, to_matrices
 from ._preconditioner import PreconditionerState
+from ._registry import split_parameters
 from ._tree import norm
-from ._types import Counter, Parameters, Scalar
+from ._types import Counter, Model, Parameters, Scalar, Where
 
 
 class OptimizerState(eqx.Module):
@@ -121,8 +122,14 @@ def layer_norms(
     return {key: LayerNorms(*(norm(tree[key]) for tree in trees)) for key in trees[0]}
 
 
-def check_state(state: OptimizerState, parameters: Parameters) -> None:
-    """The state must have been made for a model like this one."""
+def parameters_for(state: OptimizerState, model: Model, frozen: Where | None) -> Parameters:
+    """What is trained of a model, for which the state must have been made."""
+    if not isinstance(state, OptimizerState):
+        raise ValueError(
+            f"The optimizer's state is what `optimizer.init(model, batch)` returned, got {type(state).__name__}. Were "
+            "the arguments of `step(model, state, batch)` swapped?"
+        )
+    parameters, _ = split_parameters(model, frozen)
 
     def shapes(tree):
         return {key: part.operation.shape() for key, part in parts(tree).items()}
@@ -140,3 +147,4 @@ def check_state(state: OptimizerState, parameters: Parameters) -> None:
             "The optimizer's state was made for a model of another structure (other blocks, or static fields). Call "
             "`optimizer.init(model, batch)` for the changed model."
         )
+    return parameters

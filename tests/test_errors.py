@@ -187,6 +187,13 @@ def test_9_a_schedule_that_is_no_number(case, name, value, match):
         wrong.step(case.model, wrong.init(case.model, case.batch), case.batch, key=jax.random.key(0))
 
 
+def test_9_a_schedule_that_branches_on_the_step(case):
+    optim = optimizer(case.loss_fn, learning_rate=lambda step: 0.1 if step < 10 else 0.01)
+    state = optim.init(case.model, case.batch)
+    with pytest.raises(ValueError, match=r"(?s)`learning_rate` asks for the value of the step.*`jnp\.where"):
+        eqx.filter_jit(optim.step)(case.model, state, case.batch, key=jax.random.key(0))
+
+
 def test_10_a_model_changed_after_init(case):
     k = optimizer(case.loss_fn)
     state = k.init(case.model, case.batch)
@@ -213,6 +220,25 @@ def test_a_random_source_without_a_key(case):
         k = optimizer(case.loss_fn, preconditioner=kfax.Preconditioner(kfax.BlockDiagonalCurvature(source)))
         with pytest.raises(ValueError, match=r"pass `key=jax\.random\.key.*ExactGGN"):
             k.step(case.model, k.init(case.model, case.batch), case.batch)
+
+
+def test_a_dense_layer_that_is_not_mapped(case):
+    inputs, labels = case.batch
+    with pytest.raises(ValueError, match=rf"shape \({inputs.shape[1]},\).*{inputs.shape}.*`jax\.vmap\(model\)"):
+        case.model(inputs)
+    scalar = kfax.tag(eqx.nn.Linear("scalar", 2, key=jax.random.key(0)))
+    assert scalar(jnp.ones(())).shape == (2,)
+    with pytest.raises(ValueError, match=r"shape \(\).*\(1,\)"):
+        scalar(jnp.ones(1))
+
+
+def test_a_loss_where_a_number_is_needed(case):
+    loss = case.loss_fn(case.model, case.batch)
+    with pytest.raises(TypeError, match=r"(?s)scalar-output.*a kfax Loss; the number is its `value\(\)`"):
+        eqx.filter_grad(case.loss_fn)(case.model, case.batch)
+    for add in (lambda: loss + 0.1, lambda: 0.1 + loss, lambda: loss + loss, lambda: sum([loss, loss])):
+        with pytest.raises(TypeError, match=r"a list of losses.*`kfax\.Penalty\(value\)`.*`l2=`"):
+            add()
 
 
 def test_periods_and_decays_out_of_range(case):
@@ -327,9 +353,12 @@ def test_derivatives_of_which_only_the_value_matters(case):
 MISTAKES = """
 import equinox as eqx, jax, jax.numpy as jnp, kfax
 linear = eqx.nn.Linear(2, 3, key=jax.random.key(0))
+model, batch = kfax.tag(linear), (jnp.ones((4, 2)), jnp.ones((4, 3)))
 settings = {"learning_rate": 0.1, "momentum": 0.9, "damping": 1.0}
 def optimizer(loss_fn=lambda model, batch: None, **options):
     return kfax.Optimizer(loss_fn, **(settings | options))
+optim = optimizer(lambda model, batch: kfax.squared_error(jax.vmap(model)(batch[0]), batch[1]))
+state = optim.init(model, batch)
 mistakes = {
     "`learning_rate` must be a number, or a schedule": lambda: optimizer(learning_rate="0.1"),
     "`momentum` must be a number": lambda: optimizer(momentum=None),
@@ -344,6 +373,9 @@ mistakes = {
     "`source` must be a curvature source, or `kfax.Hessian()`": lambda: kfax.ImplicitExactCurvature(None),
     "`source` must be a curvature source, such as `kfax.ExactGGN()`": lambda: kfax.BlockDiagonalCurvature("ggn"),
     "as an array of real floating-point numbers, got float": lambda: kfax.squared_error(1.0, 2.0),
+    "must be a single JAX key, such as `jax.random.key(0)`, got 0": lambda: optim.step(model, state, batch, key=0),
+    "must be a single JAX key": lambda: optim.step(model, state, batch, key=jax.random.split(jax.random.key(0), 3)),
+    "got TaggedLinear. Were the arguments of `step(": lambda: optim.step(state, model, batch, key=jax.random.key(0)),
 }
 for message, make in mistakes.items():
     try:
@@ -360,4 +392,4 @@ def test_objects_of_the_wrong_type():
     """In a process of its own, without the run-time type checker, as a user has it."""
     result = subprocess.run([sys.executable, "-W", "error", "-c", MISTAKES], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "13 mistakes\n"
+    assert result.stdout == "16 mistakes\n"

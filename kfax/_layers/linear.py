@@ -1,6 +1,7 @@
 """Dense layers."""
 
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from .._blocks import KroneckerFactored
@@ -32,6 +33,12 @@ class TaggedLinear(TaggedLayer):
 
     def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
         """As `equinox.nn.Linear`: from `(in_features,)` to `(out_features,)`."""
+        expected = () if self.layer.in_features == "scalar" else (self.layer.in_features,)
+        if jnp.shape(x) != expected:
+            raise ValueError(
+                f"This `equinox.nn.Linear` takes one example, an array of shape {expected}, but was called with one of "
+                f"shape {jnp.shape(x)}. Several examples or positions are mapped over: `jax.vmap(model)(inputs)`."
+            )
         return self.observe(self.layer(x, key=key), x)
 
     def operations(self) -> dict[str, Operation]:

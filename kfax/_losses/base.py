@@ -1,6 +1,7 @@
 """What kfax needs to know of a loss: its value, and its curvature in the model's outputs."""
 
 import abc
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -155,6 +156,18 @@ class Loss(eqx.Module):
         return eqx.tree_at(lambda loss: loss.weighting.scale, self, scale * jnp.asarray(other, scale.dtype))
 
     __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> Any:
+        raise TypeError(
+            "A kfax Loss is not a number and is not added to: return a list of losses, with terms without curvature as "
+            "`kfax.Penalty(value)`, or give an L2 term to the optimizer, `l2=`."
+        )
+
+    __radd__ = __add__
+
+    def __str__(self) -> str:
+        # Seen by those who print it, or differentiate a function that returns it.
+        return f"{self!r}: a kfax Loss; the number is its `value()`"
 
 
 class NaturalLoss(Loss):

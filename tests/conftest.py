@@ -23,12 +23,16 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
-# Many programs are compiled by several tests. They share them here, as do the worker processes, which inherit this.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+# Many programs are compiled by several tests, and by the processes that some of them start: these share them. Worker
+# processes have a folder each, since JAX may read in one process what it has not written to its end in another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    folder = os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["PYTEST_XDIST_WORKER"])
+else:
     PROGRAMS = tempfile.TemporaryDirectory(prefix="kfax-tests-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    folder = PROGRAMS.name
+os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # LAPACK's own threads, two processes' worth of them on two cores, would spend their time waiting for each other.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"

@@ -8,7 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from ._fold import ExampleAxis, Slot, Use
 from ._layers import Borrowed, borrowed, fill_slots, Part, parts
@@ -17,7 +17,7 @@ from ._objective import evaluate, Evaluation
 from ._operations import Operation
 from ._registry import parameters_of, split_parameters, trainable
 from ._tree import tie
-from ._types import Model, Parameters, PRNGKey, Where
+from ._types import ArrayTree, Model, Parameters, PRNGKey, Where
 
 
 Cotangents = tuple[Float[Array, "n ..."], ...]
@@ -35,8 +35,8 @@ class Reading:
     - `is_sum`: whether it is a plain sum over rows.
     """
 
-    zeros: PyTree[Array]
-    statistic: Callable[[Operation, Use], PyTree[Array]]
+    zeros: ArrayTree
+    statistic: Callable[[Operation, Use], ArrayTree]
     is_sum: bool
 
 
@@ -219,7 +219,7 @@ _NOT_DIFFERENTIATED = (
 
 def _slots(
     problem: Problem, read: Callable[[Part], Reading], make: Callable[[Part, Reading, str, Operation], Slot]
-) -> tuple[dict[str, PyTree[Array]], dict[tuple[str, str], list[tuple[str, Slot]]]]:
+) -> tuple[dict[str, ArrayTree], dict[tuple[str, str], list[tuple[str, Slot]]]]:
     """The slots' values by part, and for each place in the model its slots, with the parts that they belong to."""
     model, frozen = problem.model, problem.frozen
     split_parameters(model, frozen)  # every parameter needs a block

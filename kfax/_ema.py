@@ -3,10 +3,10 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, PyTree
+from jaxtyping import ArrayLike
 
 from ._tree import zeros_like
-from ._types import Scalar
+from ._types import ArrayTree, Scalar
 
 
 class MovingAverage(eqx.Module):
@@ -21,14 +21,14 @@ class MovingAverage(eqx.Module):
     - `weight`: `Σ ε^(k-i) w_i`, zero before the first update.
     """
 
-    value: PyTree[Array]
+    value: ArrayTree
     weight: Scalar
 
     @classmethod
-    def zeros(cls, like: PyTree[Array]) -> "MovingAverage":
+    def zeros(cls, like: ArrayTree) -> "MovingAverage":
         return cls(zeros_like(like), jnp.zeros((), jnp.result_type(float)))
 
-    def update(self, new: PyTree[Array], decay: Scalar, weight: ArrayLike = 1) -> "MovingAverage":
+    def update(self, new: ArrayTree, decay: Scalar, weight: ArrayLike = 1) -> "MovingAverage":
         total = decay.astype(self.weight.dtype) * self.weight + weight
         share = jnp.where(total > 0, weight / jnp.where(total > 0, total, 1), 0)
         value = jax.tree.map(lambda old, x: old + (x - old) * share.astype(old.dtype), self.value, new)

@@ -47,10 +47,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from ._tree import tie
-from ._types import Counter
+from ._types import ArrayTree, Counter, PyTree
 
 
 _Y = TypeVar("_Y")
@@ -119,8 +119,8 @@ class Use(eqx.Module):
     - `context`: what the layer passed beside `x`, without these axes, such as its parameters.
     """
 
-    x: PyTree[Array]
-    dy: PyTree[Array]
+    x: ArrayTree
+    dy: ArrayTree
     present: Bool[Array, "n p"] | None
     weights: Float[Array, " n"] | None
     context: PyTree
@@ -150,9 +150,9 @@ class Slot(eqx.Module):
         axes as `value`.
     """
 
-    value: PyTree[Array]
+    value: ArrayTree
     weights: Float[Array, "*stack n"] | None
-    statistic: Callable[[Use], PyTree[Array]] = eqx.field(static=True)
+    statistic: Callable[[Use], ArrayTree] = eqx.field(static=True)
     axis: ExampleAxis = eqx.field(static=True)
     ndim: int = eqx.field(static=True, default=0)
     on_backward: Callable[[], None] = eqx.field(static=True, default=lambda: None)
@@ -182,7 +182,7 @@ def observe(y: _Y, x: PyTree, slot: Slot | None, context: PyTree = None) -> _Y:
     return eqx.combine(observer(observed, x, slot.value, slot.weights, slot.axis.marker(), slot.present, context), rest)
 
 
-def _observer(slot: Slot, x_ndims: PyTree[int], y_ndims: PyTree[int]) -> Callable:
+def _observer(slot: Slot, x_ndims: PyTree, y_ndims: PyTree) -> Callable:
     fold = _make_fold(_row_statistic(slot, x_ndims, y_ndims), num_stacks=0, named=slot.axis.name is not None)
 
     @jax.custom_vjp
@@ -205,14 +205,14 @@ def _observer(slot: Slot, x_ndims: PyTree[int], y_ndims: PyTree[int]) -> Callabl
     return observer
 
 
-def _depend(y: PyTree[Array], marker: Int[Array, ""] | None) -> PyTree[Array]:
+def _depend(y: ArrayTree, marker: Int[Array, ""] | None) -> ArrayTree:
     """`y`, but mapped over whatever axis the marker is mapped over."""
     if marker is None:
         return y
     return jax.tree.map(lambda leaf: jax.lax.select(jnp.broadcast_to(marker >= 0, leaf.shape), leaf, leaf), y)
 
 
-def _row_statistic(slot: Slot, x_ndims: PyTree[int], y_ndims: PyTree[int]) -> Callable:
+def _row_statistic(slot: Slot, x_ndims: PyTree, y_ndims: PyTree) -> Callable:
     """The slot's statistic as a function of `x` and `dy` with all their row axes, the examples' first if known.
 
     JAX traces `fold` once without any axis, before it consults the rule. So an axis that is not what it should be is

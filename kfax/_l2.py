@@ -3,12 +3,12 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import ArrayLike, PyTree
+from jaxtyping import ArrayLike
 
 from ._layers import to_matrices
 from ._scalars import nonnegative
 from ._tree import dot
-from ._types import Model, Parameters, Scalar, Where
+from ._types import Model, Parameters, PyTree, Scalar, Where
 
 
 class L2(eqx.Module):
@@ -32,7 +32,7 @@ class L2(eqx.Module):
         self.coefficient = nonnegative("l2", coefficient)
         self.where = where
 
-    def mask(self, model: Model, parameters: Parameters) -> PyTree[bool]:
+    def mask(self, model: Model, parameters: Parameters) -> PyTree:
         """Which leaves of the parameters are regularized."""
         if self.where is None:
             return jax.tree.map(lambda _: True, parameters)
@@ -44,16 +44,16 @@ class L2(eqx.Module):
             )
         return jax.tree.map(lambda leaf: id(leaf) in chosen, parameters)
 
-    def multiply(self, mask: PyTree[bool], vector: Parameters) -> Parameters:
+    def multiply(self, mask: PyTree, vector: Parameters) -> Parameters:
         """The regularizer's curvature times a vector; of the parameters themselves, its gradient."""
         return jax.tree.map(
             lambda chosen, x: self.coefficient.astype(x.dtype) * x if chosen else jnp.zeros_like(x), mask, vector
         )
 
-    def value(self, mask: PyTree[bool], parameters: Parameters) -> Scalar:
+    def value(self, mask: PyTree, parameters: Parameters) -> Scalar:
         return dot(parameters, self.multiply(mask, parameters)) / 2
 
-    def damping(self, mask: PyTree[bool], parameters: Parameters) -> Scalar | dict[str, Scalar]:
+    def damping(self, mask: PyTree, parameters: Parameters) -> Scalar | dict[str, Scalar]:
         """What to add to the damping, or to each layer's: η times the share of its parameters that is regularized."""
         if self.where is None:
             return self.coefficient

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
-from ._types import Scalar
+from ._types import ArrayTree, PyTree, Scalar
 
 
 # Preconditioning must not lose digits to the reduced-precision matrix units of accelerators.
@@ -122,7 +122,7 @@ def diagonalize_both(
     return k, jnp.maximum(values, 0)
 
 
-def after(array: Array, previous: PyTree[Array]) -> Array:
+def after(array: Array, previous: ArrayTree) -> Array:
     """`array`, but not before all of `previous` is computed.
 
     XLA would run two factorizations at the same time on the CPU, where each occupies a thread of a pool and waits for
@@ -133,7 +133,7 @@ def after(array: Array, previous: PyTree[Array]) -> Array:
     return jnp.where(sum(firsts) == -jnp.inf, jnp.nan, array) if firsts else array
 
 
-def by_size(function: Callable[[Array], PyTree[Array]], matrices: Sequence[Array], previous: PyTree = None) -> list:
+def by_size(function: Callable[[Array], ArrayTree], matrices: Sequence[Array], previous: PyTree = None) -> list:
     """Applies `function`, which factorizes a stack of matrices, once for each size and dtype among `matrices`.
 
     Fewer, larger calls: a smaller program to compile, and batched kernels on accelerators. Each call waits for the one

@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, PyTree
+from jaxtyping import Array, ArrayLike, Bool
 
 from ._attempt import Coefficient, Given, Rules
 from ._capture import linearize, Problem
@@ -23,7 +23,7 @@ from ._rescale import NormConstraint, Rejection
 from ._scalars import positive, scalar
 from ._step import OptimizerState, parameters_for, StepInfo
 from ._tree import anywhere, cond, is_traced, zeros_like
-from ._types import Model, PRNGKey, Schedule, Where
+from ._types import Model, PRNGKey, PyTree, Schedule, Where
 
 
 class Optimizer(eqx.Module):
@@ -261,7 +261,7 @@ class Optimizer(eqx.Module):
         number, *_ = jax.lax.while_loop(goes_on, adjust, start)
         return eqx.tree_at(lambda s: s.damping, fresh, jnp.where(present.is_good, number, state.damping))
 
-    def state_axes(self, state: OptimizerState) -> PyTree[int | None]:
+    def state_axes(self, state: OptimizerState) -> PyTree:
         """`in_axes` and `out_axes` of a state for `equinox.filter_vmap` over an ensemble: all arrays but the counter.
 
         An unmapped counter keeps "every fifth step" one decision for the whole ensemble. With a mapped one, JAX would

@@ -7,14 +7,14 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from ._capture import Linearization, Problem
 from ._ema import MovingAverage
 from ._estimators import ImplicitExactBatch, ImplicitExactCurvature, total_weight
 from ._losses import Loss
 from ._sources import CurvatureSource
-from ._types import Counter, Parameters, PRNGKey, Scalar
+from ._types import ArrayTree, Counter, Parameters, PRNGKey, Scalar
 
 
 class Fraction(eqx.Module):
@@ -30,7 +30,7 @@ class Fraction(eqx.Module):
 
     share: float = eqx.field(static=True)
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share <= 1:
             raise ValueError(f"`share` of `kfax.Fraction` must be a number in (0, 1], got {self.share!r}.")
 
@@ -65,7 +65,7 @@ class Outcome(eqx.Module):
     - `aux`: what else `loss_fn` returned; stacked if the batch was run in parts.
     """
 
-    means: PyTree[Array]
+    means: ArrayTree
     weight: Scalar
     model_state: Any
     aux: Any

@@ -28,7 +28,7 @@ class Staggered(eqx.Module):
 
     period: int = eqx.field(static=True)
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         check_period("period", self.period)
 
 

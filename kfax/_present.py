@@ -6,14 +6,14 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from ._capture import Linearization, Problem
 from ._l2 import L2
 from ._passes import gradient_of, gram_of, loss_of
 from ._quadratic import PlaneModel, QuadraticModel
 from ._tree import all_finite, combine, dot
-from ._types import Counter, Parameters, PRNGKey, Scalar
+from ._types import Counter, Parameters, PRNGKey, PyTree, Scalar
 
 
 class Present(eqx.Module):
@@ -30,7 +30,7 @@ class Present(eqx.Module):
 
     problem: Problem
     l2: L2
-    mask: PyTree[bool]
+    mask: PyTree
     micro_batches: int = eqx.field(static=True)
     loss: Scalar
     gradient: Parameters

@@ -7,7 +7,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from ._blocks import Block, KroneckerFactored, KroneckerSum
 from ._layers import (
@@ -30,7 +29,7 @@ from ._layers import (
     unlisted,
 )
 from ._operations import Transposed
-from ._types import Model, Parameters, Where
+from ._types import Model, Parameters, PyTree, Where
 
 
 Rule = Callable[[Any], TaggedLayer] | None
@@ -94,7 +93,7 @@ class Registry:
         return layer
 
 
-default_registry = Registry(
+default_registry: Registry = Registry(
     {
         eqx.nn.Linear: TaggedLinear,
         eqx.nn.Embedding: TaggedEmbedding,
@@ -258,7 +257,7 @@ def split_parameters(model: Model, frozen: Where | None) -> tuple[Parameters, Mo
     return parameters, rest
 
 
-def trainable(model: Model, frozen: Where | None) -> PyTree[bool]:
+def trainable(model: Model, frozen: Where | None) -> PyTree:
     """Which leaves of a model are to be trained: all real floating-point arrays but those in `frozen(model)`."""
     excluded = set()
     if frozen is not None:
@@ -278,7 +277,7 @@ def trainable(model: Model, frozen: Where | None) -> PyTree[bool]:
     return jax.tree.map(is_trained, model, is_leaf=lambda node: isinstance(node, eqx.nn.StateIndex))
 
 
-def untagged(model: Model, spec: PyTree[bool]) -> list[str]:
+def untagged(model: Model, spec: PyTree) -> list[str]:
     """The paths of the leaves that are to be trained but belong to no tagged layer."""
     nodes = jax.tree_util.tree_leaves_with_path(eqx.filter(model, spec), is_leaf=is_tagged)
     return [jax.tree_util.keystr(path) for path, node in nodes if not is_tagged(node)]

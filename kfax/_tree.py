@@ -9,12 +9,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, PyTree
+from jaxtyping import Array, ArrayLike, Bool
 
-from ._types import Scalar
+from ._types import ArrayTree, PyTree, Scalar
 
 
-def dot(x: PyTree[Array], y: PyTree[Array]) -> Scalar:
+def dot(x: ArrayTree, y: ArrayTree) -> Scalar:
     """The inner product of two PyTrees of one structure, in the widest dtype among their leaves (at least float32)."""
 
     def leaf(a, b):
@@ -24,18 +24,18 @@ def dot(x: PyTree[Array], y: PyTree[Array]) -> Scalar:
     return jax.tree.reduce(operator.add, jax.tree.map(leaf, x, y), jnp.zeros((), jnp.float32))
 
 
-def norm(x: PyTree[Array]) -> Scalar:
+def norm(x: ArrayTree) -> Scalar:
     """The Euclidean norm of a PyTree."""
     return jnp.sqrt(dot(x, x))
 
 
-def mean(x: PyTree[Array]) -> Scalar:
+def mean(x: ArrayTree) -> Scalar:
     """The mean of all numbers in a PyTree."""
     sizes = [leaf.size for leaf in jax.tree.leaves(x)]
     return dot(x, jax.tree.map(jnp.ones_like, x)) / sum(sizes)
 
 
-def combine(coefficients: tuple[ArrayLike, ...], trees: tuple[PyTree[Array], ...]) -> PyTree[Array]:
+def combine(coefficients: tuple[ArrayLike, ...], trees: tuple[ArrayTree, ...]) -> ArrayTree:
     """The linear combination of several PyTrees of one structure; each leaf keeps the first tree's dtype."""
 
     def leaf(first, *rest):
@@ -58,7 +58,7 @@ def all_finite(x: PyTree) -> Bool[Array, ""]:
     return functools.reduce(operator.and_, flags, jnp.ones((), bool))
 
 
-def zeros_like(x: PyTree[Array]) -> PyTree[Array]:
+def zeros_like(x: ArrayTree) -> ArrayTree:
     return jax.tree.map(jnp.zeros_like, x)
 
 
@@ -67,7 +67,7 @@ def is_traced(x: PyTree) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x))
 
 
-def tie(x: PyTree[Array], to: Any) -> PyTree[Array]:
+def tie(x: ArrayTree, to: Any) -> ArrayTree:
     """Returns `x` unchanged, but mapped over every `jax.vmap` axis that an array in `to` is mapped over.
 
     An array that does not depend on a mapped input is not mapped itself; here that distinction carries meaning

@@ -6,11 +6,11 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from .._fold import Use
 from .._operations import MatrixShape, Operation
-from .._types import Scalar
+from .._types import ArrayTree, Scalar
 from .product import Cholesky, Inverse, Inversion, Product, Spectrum
 
 
@@ -23,8 +23,8 @@ class Recorded(eqx.Module):
     - `cotangents`: the part that depends on the cotangents; to be collected anew for each of them.
     """
 
-    inputs: PyTree[Array]
-    cotangents: PyTree[Array]
+    inputs: ArrayTree
+    cotangents: ArrayTree
 
 
 class BlockState(eqx.Module):
@@ -72,15 +72,15 @@ class Block(eqx.Module):
         """
 
     @abc.abstractmethod
-    def second_moment(self, shape: MatrixShape, cotangents: PyTree[Array]) -> PyTree[Array]:
+    def second_moment(self, shape: MatrixShape, cotangents: ArrayTree) -> ArrayTree:
         """What `Recorded.cotangents`, complete over all uses, contributes: to be summed over several cotangents."""
 
     @abc.abstractmethod
     def statistics(
         self,
         shape: MatrixShape,
-        inputs: PyTree[Array],
-        second_moment: PyTree[Array],
+        inputs: ArrayTree,
+        second_moment: ArrayTree,
         weights: Float[Array, " n"] | None,
         num_examples: int,
     ) -> Any:
@@ -105,7 +105,7 @@ class Block(eqx.Module):
         """
 
     @abc.abstractmethod
-    def refresh(self, shape: MatrixShape, statistics: Any, damping: Scalar, results: tuple) -> Inverse:
+    def refresh(self, shape: MatrixShape, statistics: Any, damping: Scalar, results: tuple[Any, ...]) -> Inverse:
         """Makes the inverse, given the inverses of `matrices`, or pairs of their eigenvalues and eigenvectors."""
 
     @abc.abstractmethod
@@ -182,7 +182,7 @@ class ProductBlock(Block):
     def matrices(self, shape: MatrixShape, statistics: Any, damping: Scalar) -> tuple[Float[Array, "..."], ...]:
         return self.inversion.matrices(self.product(shape, statistics), damping)
 
-    def refresh(self, shape: MatrixShape, statistics: Any, damping: Scalar, results: tuple) -> Inverse:
+    def refresh(self, shape: MatrixShape, statistics: Any, damping: Scalar, results: tuple[Any, ...]) -> Inverse:
         return self.inversion.finish(self.product(shape, statistics), damping, results)
 
     def factors(self, shape: MatrixShape, statistics: Any) -> tuple[Float[Array, "..."], ...]:

@@ -6,10 +6,11 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from .._fold import Use
 from .._operations import MatrixShape, Operation
+from .._types import ArrayTree
 from .base import ProductBlock, Recorded
 from .product import check_inversion, Cholesky, Eigh, Inversion, Product
 
@@ -37,14 +38,14 @@ class GradientBlock(ProductBlock):
 
         return Recorded((), jax.vmap(one, out_axes=len(shape.groups))(use.x, use.dy))
 
-    def second_moment(self, shape: MatrixShape, cotangents: PyTree[Array]) -> PyTree[Array]:
+    def second_moment(self, shape: MatrixShape, cotangents: ArrayTree) -> ArrayTree:
         return self.squares(shape, cotangents)
 
     def statistics(
         self,
         shape: MatrixShape,
-        inputs: PyTree[Array],
-        second_moment: PyTree[Array],
+        inputs: ArrayTree,
+        second_moment: ArrayTree,
         weights: Float[Array, " n"] | None,
         num_examples: int,
     ) -> Float[Array, "..."]:

@@ -2,10 +2,11 @@
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from .._fold import Use
 from .._operations import FactoredOperation, MatrixShape, Operation, Transposed
+from .._types import ArrayTree
 from .base import Block, describe, ProductBlock, Recorded
 from .product import check_inversion, Cholesky, Inversion, Product
 from .sharing import Expand, FactorSizes, KroneckerFactors, Sharing
@@ -70,14 +71,14 @@ class KroneckerFactored(ProductBlock):
             )
         return self.sharing.record(factor_sizes(shape, self.max_dim), check_factored(self, operation), use)
 
-    def second_moment(self, shape: MatrixShape, cotangents: PyTree[Array]) -> PyTree[Array]:
+    def second_moment(self, shape: MatrixShape, cotangents: ArrayTree) -> ArrayTree:
         return self.sharing.second_moment(factor_sizes(shape, self.max_dim), cotangents)
 
     def statistics(
         self,
         shape: MatrixShape,
-        inputs: PyTree[Array],
-        second_moment: PyTree[Array],
+        inputs: ArrayTree,
+        second_moment: ArrayTree,
         weights: Float[Array, " n"] | None,
         num_examples: int,
     ) -> KroneckerFactors:

@@ -5,12 +5,12 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from .. import _linalg as linalg
 from .._fold import Use
 from .._operations import MatrixShape, Operation, Transposed
-from .._types import Scalar
+from .._types import ArrayTree, Scalar
 from .base import Block, BlockState, Recorded
 from .kronecker import check_factored, check_factoring, factor_sizes, KroneckerFactored, per_position
 from .product import Inverse, Product, Spectrum
@@ -69,15 +69,15 @@ class KroneckerSum(Block):
         new = self.sharing.record(direct, check_factored(self, operation), use)
         return Recorded((new.inputs, unused.inputs[1]), (new.cotangents, unused.cotangents[1]))
 
-    def second_moment(self, shape: MatrixShape, cotangents: PyTree[Array]) -> PyTree[Array]:
+    def second_moment(self, shape: MatrixShape, cotangents: ArrayTree) -> ArrayTree:
         pairs = zip(self._sizes(shape), cotangents, strict=True)
         return tuple(self.sharing.second_moment(sizes, part) for sizes, part in pairs)
 
     def statistics(
         self,
         shape: MatrixShape,
-        inputs: PyTree[Array],
-        second_moment: PyTree[Array],
+        inputs: ArrayTree,
+        second_moment: ArrayTree,
         weights: Float[Array, " n"] | None,
         num_examples: int,
     ) -> tuple[KroneckerFactors, KroneckerFactors]:
@@ -105,7 +105,7 @@ class KroneckerSum(Block):
     def matrices(self, shape: MatrixShape, statistics: Any, damping: Scalar) -> tuple[Float[Array, "..."], ...]:
         return ()
 
-    def refresh(self, shape: MatrixShape, statistics: Any, damping: Scalar, results: tuple) -> "SumInverse":
+    def refresh(self, shape: MatrixShape, statistics: Any, damping: Scalar, results: tuple[Any, ...]) -> "SumInverse":
         direct, reverse = statistics
         ndim = len(shape.leading)
         left, right = linalg.damp_factors(reverse.a, per_position(reverse), damping, ndim)

@@ -162,7 +162,7 @@ class Inversion(eqx.Module):
         """The symmetric matrices that have to be factorized."""
 
     @abc.abstractmethod
-    def finish(self, product: Product, damping: Scalar, results: tuple) -> Inverse:
+    def finish(self, product: Product, damping: Scalar, results: tuple[Any, ...]) -> Inverse:
         """The inverse, from what became of `matrices`."""
 
     @abc.abstractmethod
@@ -194,7 +194,7 @@ class Cholesky(Inversion):
     def matrices(self, product: Product, damping: Scalar) -> tuple[Float[Array, "..."], ...]:
         return product.damped(damping).factors()
 
-    def finish(self, product: Product, damping: Scalar, results: tuple) -> Inverse:
+    def finish(self, product: Product, damping: Scalar, results: tuple[Any, ...]) -> Inverse:
         return ProductInverse(product.damped(damping).inverse(results))
 
     def refresh_flops(self, size: int) -> int:
@@ -221,7 +221,7 @@ class Eigh(Inversion):
     def matrices(self, product: Product, damping: Scalar) -> tuple[Float[Array, "..."], ...]:
         return product.factors()
 
-    def finish(self, product: Product, damping: Scalar, results: tuple) -> Inverse:
+    def finish(self, product: Product, damping: Scalar, results: tuple[Any, ...]) -> Inverse:
         return SpectralInverse(product.spectrum(results), damping.astype(product.right.dtype))
 
     def refresh_flops(self, size: int) -> int:

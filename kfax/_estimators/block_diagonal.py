@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .. import _linalg as linalg
 from .._blocks import immovable, Inverse
@@ -19,7 +19,7 @@ from .._registry import split_parameters
 from .._scalars import within_unit
 from .._sources import CurvaturePropagation, CurvatureSource
 from .._tree import all_finite, keep_finite, select
-from .._types import Model, Parameters, PRNGKey, Scalar, Where
+from .._types import Model, Parameters, PRNGKey, PyTree, Scalar, Where
 from .base import (
     check_source,
     CurvatureEstimator,

@@ -9,12 +9,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from equinox import AbstractVar
-from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from .._blocks import Block
 from .._fold import observe, Slot
 from .._operations import Operation
-from .._types import Model, Parameters
+from .._types import Model, Parameters, PyTree
 
 
 Blocks: TypeAlias = Block | dict[str, Block]
@@ -80,7 +80,7 @@ class TaggedLayer(eqx.Module):
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
         return getattr(self.layer, name)
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         operations = self.operations()
         if not isinstance(operations, dict) or not all(isinstance(op, Operation) for op in operations.values()):
             raise ValueError(

@@ -4,9 +4,9 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from jaxtyping import PyTree
 
 from .._operations import Arbitrary, Invocation, Operation
+from .._types import PyTree
 from .base import Blocks, Slots, TaggedLayer
 
 

@@ -8,10 +8,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from .._operations import FactoredOperation, Operation, Transposed
-from .._types import Model
+from .._types import Model, PyTree
 from .base import layer_parts, Part, tagged_layers
 
 
@@ -32,7 +31,7 @@ class Borrowed:
     operation: Operation
 
 
-def borrowed(model: Model, trained: PyTree[bool]) -> list[Borrowed]:
+def borrowed(model: Model, trained: PyTree) -> list[Borrowed]:
     """All uses of trained parameters of tagged layers in other tagged layers, by way of `equinox.nn.Shared`.
 
     A layer that is shared as a whole, and is then at its second place nothing but the first one, does not count: it

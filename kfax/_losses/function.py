@@ -7,17 +7,17 @@ from typing import Any, NoReturn
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float
 
 from .._linalg import matmul
-from .._types import PRNGKey
+from .._types import ArrayTree, PRNGKey, PyTree
 from .base import check_outputs, expand, Loss, make_weighting, Weighting
 
 
 class _Closure(eqx.Module):
     """A function that can be taken out of where it was defined: the arrays it closes over are its leaves."""
 
-    arrays: PyTree[Array]
+    arrays: ArrayTree
     rest: Any = eqx.field(static=True)
 
     def __init__(self, function: Callable, *args: Any):
@@ -50,7 +50,7 @@ class FunctionLoss(Loss):
     """
 
     outputs: Float[Array, "n ..."]
-    data: tuple[PyTree[Array], ...]
+    data: tuple[ArrayTree, ...]
     weighting: Weighting
     function: _Closure
     sample: _Closure | None
@@ -107,7 +107,7 @@ class FunctionLoss(Loss):
     def _event_size(self) -> int:
         return math.prod(self.outputs.shape[len(self._places) :])
 
-    def _map(self, function: Callable, *args: PyTree[Array]) -> Any:
+    def _map(self, function: Callable, *args: ArrayTree) -> Any:
         """Applies a function of one place to all places, with zeros as the results of those that are masked."""
         for _ in self._places:
             function = jax.vmap(function)
@@ -153,7 +153,7 @@ class FunctionLoss(Loss):
 def function_loss(
     function: Callable,
     outputs: Array,
-    *data: PyTree[ArrayLike],
+    *data: ArrayTree,
     event_ndim: int = 1,
     sample: Callable | None = None,
     max_dim: int = 256,
@@ -234,7 +234,7 @@ def _replace(array: Array, weighting: Weighting) -> Array:
     return jnp.where(expand(mask, array), array, jax.lax.stop_gradient(first))
 
 
-def _one_place(ndim: int, arrays: PyTree[Array]) -> PyTree[Array]:
+def _one_place(ndim: int, arrays: ArrayTree) -> ArrayTree:
     """Something of the shape of what stands at one place. Unlike slices, maxima can be taken of what is sharded."""
     return jax.tree.map(lambda x: jnp.max(x, axis=tuple(range(ndim))), arrays)
 
@@ -243,7 +243,7 @@ def _wide(array: Float[Array, "..."]) -> Float[Array, "..."]:
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
-def _sampler(sample: Callable, f: jax.ShapeDtypeStruct, data: tuple[PyTree[jax.ShapeDtypeStruct], ...]) -> _Closure:
+def _sampler(sample: Callable, f: jax.ShapeDtypeStruct, data: tuple[PyTree, ...]) -> _Closure:
     """`sample`, made to return a tuple of what `data` has, and checked to."""
 
     def draw(key, f):

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Float, Shaped
 
+from .._types import ArrayTree, PyTree
 from .base import MatrixShape, Operation
 
 
@@ -20,7 +21,7 @@ class Invocation(eqx.Module):
     - `function`: `(arrays, x) -> y`, without what is not differentiable of y.
     """
 
-    arrays: PyTree[Array]
+    arrays: ArrayTree
     function: Callable = eqx.field(static=True)
 
 
@@ -56,7 +57,7 @@ class Arbitrary(Operation):
             start += size
         return Arbitrary(jax.tree.unflatten(structure, new), self.stack)
 
-    def gradient(self, x: PyTree[Array], dy: PyTree[Array], context: Invocation) -> Float[Array, "1 d_a"]:
+    def gradient(self, x: ArrayTree, dy: ArrayTree, context: Invocation) -> Float[Array, "1 d_a"]:
         is_none = lambda leaf: leaf is None  # noqa: E731
         trained = jax.tree.map(
             lambda mine, array: None if mine is None else array, self.parameters, context.arrays, is_leaf=is_none

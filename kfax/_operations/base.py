@@ -2,13 +2,16 @@
 
 import abc
 import math
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Float, Shaped
+
+from .._types import ArrayTree, PyTree
 
 
 class MatrixShape(eqx.Module):
@@ -68,7 +71,7 @@ class MatrixShape(eqx.Module):
     def __str__(self) -> str:
         return f"{self.dtype}{[*self.leading, self.d_g, self.d_a]}" + (" with a bias" if self.bias else "")
 
-    def over_matrices(self, function):
+    def over_matrices(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` mapped over the leading axes of its array arguments."""
         for _ in self.leading:
             function = jax.vmap(function)
@@ -96,7 +99,7 @@ class Operation(eqx.Module):
         """The operation with the arrays that a matrix like V consists of."""
 
     @abc.abstractmethod
-    def gradient(self, x: PyTree[Array], dy: PyTree[Array], context: PyTree) -> Float[Array, "*groups d_g d_a"]:
+    def gradient(self, x: ArrayTree, dy: ArrayTree, context: PyTree) -> Float[Array, "*groups d_g d_a"]:
         """The gradient of V, without stack axes, summed over the leading axis of inputs `x` and output cotangents `dy`.
 
         Arrays of the operation may be shapes without values here. `context` is what the layer gave to `observe`.

@@ -64,7 +64,8 @@ def check(
             f"observed, is off by {100 * faults[worst]:.2g}%{others}. Its weights are also used behind its tag's back: "
             f"for instance as raw `layer.weight`, or as a rescaled copy. Call the tagged layer wherever its weights "
             "are used, or wrap the module that uses them in a tagged layer of its own, or freeze the layer with "
-            "`frozen=`."
+            "`frozen=`. In a tagged layer that you wrote yourself `__call__` may miss an operation, `observe` it with "
+            "another input than its own, or not go on with what `observe` returns."
         )
 
 

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
-from ._scalars import positive, scalar, scheduled, within_unit
+from ._scalars import not_a_class, positive, scalar, scheduled, within_unit
 from ._tree import is_traced
 from ._types import Counter, Scalar, Schedule
 
@@ -264,4 +264,4 @@ def as_damping_rule(damping: Any) -> DampingRule:
     """A number is a fixed damping, a function of the step a scheduled one."""
     if isinstance(damping, DampingRule):
         return damping
-    return ScheduledDamping(damping) if callable(damping) else FixedDamping(damping)
+    return ScheduledDamping(damping) if callable(not_a_class("damping", damping)) else FixedDamping(damping)

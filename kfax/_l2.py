@@ -26,6 +26,9 @@ class L2(eqx.Module):
         - `coefficient`: η ≥ 0. [loss/param²]
         - `where`: what is regularized: a function of the model that returns nodes of it, as in `equinox.tree_at`.
             Everything that is trained, if not given.
+
+        **Raises:** `ValueError` for values out of their range; at the first use for a `where` that selects nothing that
+        is trained.
         """
         if not (where is None or callable(where)):
             raise ValueError(f"`where` of `kfax.L2` must be a function of the model, got {where!r}.")
@@ -37,12 +40,14 @@ class L2(eqx.Module):
         if self.where is None:
             return jax.tree.map(lambda _: True, parameters)
         chosen = {id(leaf) for leaf in jax.tree.leaves(self.where(model)) if eqx.is_array(leaf)}
-        if not chosen <= {id(leaf) for leaf in jax.tree.leaves(model)}:
+        mask = jax.tree.map(lambda leaf: id(leaf) in chosen, parameters)
+        if not chosen <= {id(leaf) for leaf in jax.tree.leaves(model)} or not any(jax.tree.leaves(mask)):
             raise ValueError(
                 "`where` of `kfax.L2` must return nodes of the model, as in `where=lambda model: "
-                "[layer.weight for layer in model.layers]`, but it returned arrays that are not among its leaves."
+                "[layer.weight for layer in model.layers]` (no mask of booleans), but it returned arrays that are not "
+                "among its leaves, or nothing that is trained."
             )
-        return jax.tree.map(lambda leaf: id(leaf) in chosen, parameters)
+        return mask
 
     def multiply(self, mask: PyTree, vector: Parameters) -> Parameters:
         """The regularizer's curvature times a vector; of the parameters themselves, its gradient."""

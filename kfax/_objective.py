@@ -1,7 +1,7 @@
 """The one convention for a user's `loss_fn`, and what comes out of calling it."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -58,6 +58,7 @@ def evaluate(
     `(losses, model_state)` or `(losses, model_state, aux)`.
     """
     names = inspect.signature(loss_fn).parameters
+    _check_parameters(names)
     arguments = {}
     if "key" in names:
         if key is not None:
@@ -90,6 +91,18 @@ def evaluate(
     return Evaluation(losses, penalty, state, aux)
 
 
+def _check_parameters(names: Mapping[str, inspect.Parameter]) -> None:
+    """Beside model and batch nothing is passed but what is asked for by these names."""
+    empty, named = inspect.Parameter.empty, (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [name for name, p in list(names.items())[2:] if p.kind in named and p.default is empty]
+    unknown = [f"`{name}`" for name in needed if name not in ("key", "model_state")]
+    if unknown:
+        raise ValueError(
+            f"`loss_fn` has a parameter {', '.join(unknown)}, which kfax does not know: beside model and batch it may "
+            "take `key` and `model_state`, by these names. Anything else goes into the batch, or has a default."
+        )
+
+
 def _terms(x: Any) -> list[Any]:
     return jax.tree.leaves(x, is_leaf=lambda node: isinstance(node, Loss | Penalty))
 
@@ -119,6 +132,8 @@ def _split(x: Any) -> tuple[tuple[Loss, ...], Scalar]:
         if jnp.ndim(loss.outputs) == 0:
             raise ValueError("A loss was made inside `jax.vmap`. Make it outside, of the outputs of the whole batch.")
     sizes = {loss.num_examples for loss in losses}
+    if sizes == {0}:
+        raise ValueError("The batch is empty: a loss has no example on axis 0 of its outputs.")
     if len(sizes) > 1:
         raise ValueError(
             f"All losses must have the same examples on axis 0 of their outputs, but these have {sorted(sizes)}. "

@@ -152,7 +152,13 @@ class _Link(eqx.Module):
 
 def _restrict(tree: Parameters, like: Parameters) -> Parameters:
     """The leaves of a PyTree where another one has leaves."""
-    return jax.tree.map(lambda x, leaf: None if x is None else leaf, like, tree, is_leaf=lambda x: x is None)
+    try:
+        return jax.tree.map(lambda x, leaf: None if x is None else leaf, like, tree, is_leaf=lambda x: x is None)
+    except ValueError as error:
+        raise ValueError(
+            "The gradients must be those of the tagged model that is given as `model=`, with its structure, as "
+            "`equinox.filter_grad` of a function of it gives them: is one of the two not tagged?"
+        ) from error
 
 
 def _bound(value: Any) -> Scalar | Schedule | None:

@@ -20,7 +20,7 @@ from ._present import observe, Present, problem_with
 from ._quadratic import QuadraticModel
 from ._registry import split_parameters
 from ._rescale import NormConstraint, Rejection
-from ._scalars import positive, scalar
+from ._scalars import below_one, nonnegative, not_a_class, positive, scalar
 from ._step import OptimizerState, parameters_for, StepInfo
 from ._tree import anywhere, cond, is_traced, zeros_like
 from ._types import Model, PRNGKey, PyTree, Schedule, Where
@@ -137,6 +137,7 @@ class Optimizer(eqx.Module):
         **Raises:** `ValueError` for a parameter without a block, and all that `kfax.check` raises.
         """
         parameters, _ = split_parameters(model, self.frozen)
+        self.l2.mask(model, parameters)
         if not is_traced((model, batch, key, model_state)):
             check(
                 self.loss_fn,
@@ -321,6 +322,6 @@ _MAX_TRIALS = 100
 
 
 def _coefficient(name: str, value: Any) -> Coefficient:
-    if isinstance(value, QuadraticModel | NormConstraint) or callable(value):
+    if isinstance(value, QuadraticModel | NormConstraint) or callable(not_a_class(name, value)):
         return value
-    return scalar(name, value)
+    return below_one(name, value) if name == "momentum" else nonnegative(name, value)

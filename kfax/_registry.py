@@ -189,9 +189,17 @@ def set_block(model: Model, where: Where | str, block: Block | Mapping[str, Bloc
         nodes = {id(node) for node in jax.tree.leaves(where(model), is_leaf=is_tagged) if is_tagged(node)}
         chosen = {path: layer for path, layer in layers.items() if id(layer) in nodes}
     if not chosen:
+        layer, _, operation = where.rpartition("/") if isinstance(where, str) else ("", "", "")
+        names = list(layers[layer].operations()) if layer in layers else []
+        if operation in names:
+            raise ValueError(
+                f"`{where}` is one of several operations of the layer at `{layer}`: call `kfax.set_block(model, "
+                f"{layer!r}, blocks)`, with a dictionary of blocks for all of {names}."
+            )
+        places = ", ".join(f"`{path}`" for path in layers) or "no place: was it given to `kfax.tag`?"
         raise ValueError(
             f"`where` of `kfax.set_block` must select tagged layers of the model, but there is none in {where!r}. "
-            f"The tagged layers are at {', '.join(f'`{path}`' for path in layers) or '(nowhere)'}."
+            f"The tagged layers are at {places}."
         )
     new = block if isinstance(block, Block) else dict(block)
     return replace_layers(model, {path: _with_block(layer, new) for path, layer in chosen.items()})
@@ -261,6 +269,11 @@ def trainable(model: Model, frozen: Where | None) -> PyTree:
     """Which leaves of a model are to be trained: all real floating-point arrays but those in `frozen(model)`."""
     excluded = set()
     if frozen is not None:
+        if not callable(frozen):
+            raise ValueError(
+                "`frozen` must be a function of the model, as in `frozen=lambda model: model.layers[0]`, got "
+                f"{frozen!r}."
+            )
         excluded = {id(leaf) for leaf in jax.tree.leaves(frozen(model)) if eqx.is_array(leaf)}
         unknown = excluded - {id(leaf) for leaf in jax.tree.leaves(model)}
         if unknown or not excluded:
@@ -296,5 +309,5 @@ def _untagged_message(model: Model, missing: list[str]) -> str:
         "  2. choose a block explicitly, by wrapping the module yourself: `kfax.TaggedModule(module, "
         "block=kfax.Diagonal())` takes any module;\n"
         f"  3. freeze them, in `kfax.tag`, `kfax.coverage` and the optimizer: `frozen=lambda model: model{first}`.\n"
-        "`print(kfax.coverage(model))` shows what each parameter has."
+        "`print(kfax.coverage(model))`, of a tagged model, shows what each parameter has."
     )

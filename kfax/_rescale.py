@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
-from ._scalars import nonnegative, positive, scalar, scheduled
+from ._scalars import nonnegative, positive, scheduled
 from ._types import Counter, Scalar, Schedule
 
 
@@ -38,7 +38,7 @@ class NormConstraint(eqx.Module):
         **Raises:** `ValueError` for values out of their range.
         """
         is_schedule = isinstance(learning_rate, Callable)
-        self.learning_rate = learning_rate if is_schedule else scalar("learning_rate", learning_rate)
+        self.learning_rate = learning_rate if is_schedule else nonnegative("learning_rate", learning_rate)
         self.bound = bound if isinstance(bound, Callable) else positive("bound", bound)
 
     def limit(self, learning_rate: Scalar, squared_norm: Scalar, step: Counter) -> Scalar:

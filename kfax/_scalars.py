@@ -9,6 +9,13 @@ from ._tree import is_traced
 from ._types import Counter, Scalar, Schedule
 
 
+def not_a_class(name: str, value: Any) -> Any:
+    """What was given, which must be an object: a class is callable, as a schedule is."""
+    if isinstance(value, type):
+        raise ValueError(f"`{name}` must be an object, not a class: write `kfax.{value.__name__}(...)`.")
+    return value
+
+
 def scalar(name: str, value: Any) -> Scalar:
     """A floating-point scalar array, so that a new value does not mean a new trace."""
     try:
@@ -41,8 +48,16 @@ def positive(name: str, value: Any) -> Scalar:
 def nonnegative(name: str, value: Any) -> Scalar:
     """A scalar array, checked not to be negative if its value can be known."""
     array = scalar(name, value)
-    if not is_traced(array) and float(array) < 0:
+    if not is_traced(array) and not float(array) >= 0:
         raise ValueError(f"`{name}` must not be negative, got {value}.")
+    return array
+
+
+def below_one(name: str, value: Any) -> Scalar:
+    """A scalar array, checked to be in [0, 1) if its value can be known."""
+    array = scalar(name, value)
+    if not is_traced(array) and not 0 <= float(array) < 1:
+        raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
     return array
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool
 from ._layers import parts, to_matrices
 from ._preconditioner import PreconditionerState
 from ._registry import split_parameters
-from ._tree import norm
+from ._tree import is_traced, norm
 from ._types import Counter, Model, Parameters, Scalar, Where
 
 
@@ -112,6 +112,13 @@ class StepInfo(eqx.Module):
     layers: dict[str, LayerNorms] | None
     model_state: Any
     aux: Any
+
+    def __str__(self) -> str:
+        names = ("loss", "gradient_norm", "update_norm", "learning_rate", "momentum", "damping", "reduction_ratio")
+        if is_traced(self.loss) or self.loss.ndim:  # nothing to be read, or of several steps or models
+            return repr(self)
+        numbers = ", ".join(f"{name} {float(getattr(self, name)):.4g}" for name in names)
+        return f"step {int(self.step)}: {numbers}. {StepResult[self.result]}"
 
 
 def layer_norms(

@@ -61,6 +61,10 @@ def test_blocks_of_a_layer_with_several_operations():
     ]
     with pytest.raises(ValueError, match="a block for each of .'candidate', 'hidden', 'input'., got one for each of"):
         kfax.set_block(model, "['cell']", {"input": kfax.Diagonal()})
+    with pytest.raises(ValueError, match=r"one of several operations.*blocks for all of \['input', 'hidden', 'cand"):
+        kfax.set_block(model, "['cell']/input", kfax.Diagonal())
+    with pytest.raises(ValueError, match=r"at no place: was it given to `kfax\.tag`"):
+        kfax.set_block(kfax.untag(model), lambda m: m, kfax.Diagonal())
 
 
 @pytest.mark.parametrize("where", [".layers[7]", ".layer", lambda m: m.layers[1], lambda m: []], ids=range(4))

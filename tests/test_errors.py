@@ -230,6 +230,64 @@ def test_a_dense_layer_that_is_not_mapped(case):
     assert scalar(jnp.ones(())).shape == (2,)
     with pytest.raises(ValueError, match=r"shape \(\).*\(1,\)"):
         scalar(jnp.ones(1))
+    stack = eqx.filter_vmap(lambda key: kfax.tag(eqx.nn.Linear(8, 3, key=key)))(jax.random.split(jax.random.key(0), 2))
+    with pytest.raises(ValueError, match=r"a stack of `equinox\.nn\.Linear`.*`equinox\.filter_vmap` too"):
+        stack(inputs[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"learning_rate": -0.1}, r"`learning_rate` must not be negative, got -0\.1"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must not be negative, got nan"),
+        ({"momentum": 1.5}, r"`momentum` must be in \[0, 1\), got 1\.5"),
+        ({"momentum": -0.5}, r"`momentum` must be in \[0, 1\)"),
+        ({"learning_rate": kfax.QuadraticModel}, r"not a class: write `kfax\.QuadraticModel\(\.\.\.\)`"),
+        ({"damping": kfax.LevenbergMarquardt}, r"not a class: write `kfax\.LevenbergMarquardt\(\.\.\.\)`"),
+    ],
+)
+def test_coefficients_out_of_range(case, settings, match):
+    with pytest.raises(ValueError, match=match):
+        optimizer(case.loss_fn, **settings)
+    with pytest.raises(ValueError, match="`learning_rate` must not be negative"):
+        kfax.NormConstraint(-0.1, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        lambda model: jax.tree.map(lambda leaf: eqx.is_array(leaf) and leaf.ndim > 1, model),
+        lambda model: [],
+        lambda model: model.layers[0],
+    ],
+    ids=["booleans", "nothing", "frozen"],
+)
+def test_l2_of_nothing(case, where):
+    optim = optimizer(case.loss_fn, l2=kfax.L2(0.1, where), frozen=lambda model: model.layers[0])
+    with pytest.raises(ValueError, match=r"`where` of `kfax\.L2` must return nodes.*\(no mask of booleans\)"):
+        optim.init(case.model, case.batch)
+
+
+def test_parameters_of_loss_fn_that_are_not_known(case):
+    with pytest.raises(ValueError, match=r"parameter `rng`, which kfax does not know.*`key` and `model_state`"):
+        optimizer(lambda model, batch, rng: case.loss_fn(model, batch)).init(case.model, case.batch)
+    fine = optimizer(lambda model, batch, *rest, scale=2.0, **more: scale * case.loss_fn(model, batch))
+    fine.init(case.model, case.batch)
+
+
+def test_an_empty_batch(case):
+    with pytest.raises(ValueError, match="The batch is empty"):
+        optimizer(case.loss_fn).init(case.model, jax.tree.map(lambda x: x[:0], case.batch))
+
+
+def test_a_step_can_be_printed(case):
+    optim = optimizer(case.loss_fn)
+    step = eqx.filter_jit(optim.step)
+    info = step(case.model, optim.init(case.model, case.batch), case.batch, key=jax.random.key(0))[2]
+    assert str(info).startswith(f"step 0: loss {float(info.loss):.4g}, gradient_norm ")
+    assert str(info).endswith("damping 1, reduction_ratio nan. The step was taken.")
+    several = jax.tree.map(lambda x: jnp.stack([x, x]), info)
+    assert str(several) == repr(several)
 
 
 def test_a_loss_where_a_number_is_needed(case):
@@ -373,6 +431,7 @@ mistakes = {
     "`source` must be a curvature source, or `kfax.Hessian()`": lambda: kfax.ImplicitExactCurvature(None),
     "`source` must be a curvature source, such as `kfax.ExactGGN()`": lambda: kfax.BlockDiagonalCurvature("ggn"),
     "as an array of real floating-point numbers, got float": lambda: kfax.squared_error(1.0, 2.0),
+    "`frozen` must be a function of the model, as in": lambda: kfax.tag(linear, frozen=".weight"),
     "must be a single JAX key, such as `jax.random.key(0)`, got 0": lambda: optim.step(model, state, batch, key=0),
     "must be a single JAX key": lambda: optim.step(model, state, batch, key=jax.random.split(jax.random.key(0), 3)),
     "got TaggedLinear. Were the arguments of `step(": lambda: optim.step(state, model, batch, key=jax.random.key(0)),
@@ -392,4 +451,4 @@ def test_objects_of_the_wrong_type():
     """In a process of its own, without the run-time type checker, as a user has it."""
     result = subprocess.run([sys.executable, "-W", "error", "-c", MISTAKES], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "16 mistakes\n"
+    assert result.stdout == "17 mistakes\n"

@@ -95,3 +95,6 @@ def test_mistakes():
         link.update(gradients, link.init(gradients), gradients)
     with pytest.raises(ValueError, match="`norm_constraint` must be positive"):
         kfax.scale_by_curvature(case.loss_fn, damping=1.0, norm_constraint=0.0)
+    plain = kfax.untag(gradients)
+    with pytest.raises(ValueError, match="is one of the two not tagged"):
+        link.update(plain, link.init(gradients), model=case.model, batch=case.batch)

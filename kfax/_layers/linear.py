@@ -34,6 +34,11 @@ class TaggedLinear(TaggedLayer):
     def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
         """As `equinox.nn.Linear`: from `(in_features,)` to `(out_features,)`."""
         expected = () if self.layer.in_features == "scalar" else (self.layer.in_features,)
+        if self.layer.weight is not None and self.layer.weight.ndim != 2:
+            raise ValueError(
+                "This is a stack of `equinox.nn.Linear`, as `equinox.filter_vmap` makes it for an ensemble: call it "
+                "under `equinox.filter_vmap` too, or one after the other in `jax.lax.scan`."
+            )
         if jnp.shape(x) != expected:
             raise ValueError(
                 f"This `equinox.nn.Linear` takes one example, an array of shape {expected}, but was called with one of "

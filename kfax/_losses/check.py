@@ -86,7 +86,11 @@ class _Check:
     def check_convexity(self, hessian: Float[Array, "k n ..."]) -> None:
         forms = jnp.sum((self.left * hessian).reshape(*hessian.shape[:2], -1), axis=2)
         if jnp.min(forms) < -self.tolerance * jnp.max(jnp.abs(forms)):
-            self.fail("ggn_factor", f"there is none: the Hessian has negative curvature, {jnp.min(forms):.3g}")
+            self.fail(
+                "ggn_factor",
+                f"there is none: the Hessian has negative curvature, {jnp.min(forms):.3g}, which "
+                "`kfax.function_loss` leaves out in training",
+            )
 
     def check_draws(self, fisher: Float[Array, "k n ..."] | None) -> None:
         draw = self.available("sampled_gradient", lambda: self.loss.sampled_gradient(self.draws_key))

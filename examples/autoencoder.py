@@ -1,6 +1,6 @@
 """Trains a deep autoencoder: K-FAC that adapts learning rate, momentum and damping by itself, against Adam.
 
-Needs `pip install "kfax[examples]"`, and two minutes on two cores. `--help` tells of other data and of mini-batches.
+Needs `pip install -e '.[examples]'`, and two minutes on two cores. `--help` tells of other data and of mini-batches.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Trains a convolutional network with batch normalization, whose state is threaded: K-FAC against Adam.
 
-Needs `pip install "kfax[examples]"`, and a minute on two cores. Prints a table, and saves a plot of the training loss.
+Needs `pip install -e '.[examples]'`, and a minute on two cores. Prints a table, and saves a plot of the training loss.
 """
 
 import argparse
@@ -28,7 +28,7 @@ BATCH_SIZE, RATES = 128, (1e-1, 3e-2, 1e-2)  # the rates are those of Adam: the 
 def make_model(key):
     layers, (*keys, head_key) = [], jax.random.split(key, 4)
     for (num_inputs, num_outputs, stride), conv_key in zip([(1, 16, 1), (16, 32, 2), (32, 32, 2)], keys, strict=True):
-        # No bias: the normalization would subtract it.
+        # No bias: the normalization would subtract it. Its averages would need more steps than these with 0.99.
         layers.append(eqx.nn.Conv2d(num_inputs, num_outputs, 3, stride, 1, use_bias=False, key=conv_key))
         layers.append(eqx.nn.BatchNorm(num_outputs, axis_name="batch", momentum=0.9, mode="batch"))
         layers.append(eqx.nn.PReLU(0.25))

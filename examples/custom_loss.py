@@ -1,6 +1,6 @@
 """Regression with outliers: a loss of one's own, the negative log-likelihood of Student's t, against squared error.
 
-Needs `pip install "kfax[examples]"`, and half a minute on two cores. Prints a table, and saves a plot. A loss is a
+Needs `pip install -e '.[examples]'`, and half a minute on two cores. Prints a table, and saves a plot. A loss is a
 class with a few methods, which `kfax.check_loss` compares with automatic differentiation. That of Student's t is not
 convex, so its Hessian is no curvature to divide by; its Fisher information is, and the optimizer is told to use it.
 """

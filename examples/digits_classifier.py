@@ -1,6 +1,6 @@
 """Classifies handwritten digits: K-FAC with a scheduled learning rate against Adam, on the same mini-batches.
 
-Needs `pip install "kfax[examples]"`, and a minute on two cores. Prints a table, and saves a plot of the training loss.
+Needs `pip install -e '.[examples]'`, and a minute on two cores. Prints a table, and saves a plot of the training loss.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Trains eight classifiers of digits at once, and one classifier with eight dampings, each by one `filter_vmap`.
 
-Needs `pip install "kfax[examples]"`, and a minute on two cores. Prints two tables, and saves a plot. The members of the
+Needs `pip install -e '.[examples]'`, and a minute on two cores. Prints two tables, and saves a plot. The members of the
 ensemble differ in their initial weights; their averaged predictions are better than those of most members.
 """
 

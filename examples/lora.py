@@ -1,6 +1,6 @@
 """Fine-tunes a classifier of digits on rotated digits by low-rank corrections (LoRA), a layer that kfax does not know.
 
-Needs `pip install "kfax[examples]"`, and half a minute on two cores. Prints a table, and saves a plot. What is there to
+Needs `pip install -e '.[examples]'`, and half a minute on two cores. Prints a table, and saves a plot. What is there to
 see: a tagged layer of one's own in ten lines, frozen parameters, and K-FAC against Adam on what is left.
 """
 

@@ -1,6 +1,6 @@
 """The preconditioner as a link in a chain of optax, with clipping, decoupled weight decay and an average of weights.
 
-Needs `pip install "kfax[examples]"`, and half a minute on two cores. Prints a table, and saves a plot: the same chain
+Needs `pip install -e '.[examples]'`, and half a minute on two cores. Prints a table, and saves a plot: the same chain
 on digits, with `kfax.scale_by_curvature` and with `optax.scale_by_adam` (the best of four rates, 1e-3 to 3e-2).
 """
 

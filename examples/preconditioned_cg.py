@@ -1,6 +1,6 @@
 """Solves `(C + λI) x = ∇h` for the exact GGN of an autoencoder by conjugate gradients: plain, and preconditioned.
 
-Needs `pip install "kfax[examples]"`, and a minute on two cores. Prints a table, and saves a plot. The matrix is never
+Needs `pip install -e '.[examples]'`, and a minute on two cores. Prints a table, and saves a plot. The matrix is never
 formed: it is an operator of lineax, as its preconditioner is, and so is any matrix of `kfax.ImplicitExactCurvature`.
 """
 

@@ -1,6 +1,6 @@
 """Trains a classifier of digits that may be killed at any moment: run it again, and it goes on to the same result.
 
-Needs `pip install "kfax[examples]"`. Model, optimizer state and the number of the step are written to one file, which
+Needs `pip install -e '.[examples]'`. Model, optimizer state and the number of the step are written to one file, which
 replaces the old one at once, so that there is always a whole one. Batches and keys follow from the number of the step.
 """
 

@@ -1,6 +1,6 @@
 """Trains a transformer, whose output head is its embedding, on the text of Python's `help()`: K-FAC against Adam.
 
-Needs `pip install "kfax[examples]"`, and two minutes on two cores. Prints a table, and saves a plot of held-out losses.
+Needs `pip install -e '.[examples]'`, and two minutes on two cores. Prints a table, and saves a plot of held-out losses.
 """
 
 import argparse

@@ -163,7 +163,8 @@ def function_loss(
 ) -> FunctionLoss:
     """Any loss, averaged over the examples of a batch, its curvature in the outputs by automatic differentiation.
 
-    For a loss that is a sum over single outputs, `event_ndim=0` is fastest: it needs second derivatives only.
+    For a loss that is a sum over single outputs, `event_ndim=0` is fastest: it needs second derivatives only. Negative
+    curvature is left out of the matrix, and a loss that is piecewise linear in the outputs has none at all: smooth it.
 
     **Arguments:**
 

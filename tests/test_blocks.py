@@ -143,7 +143,7 @@ def as_matrix(function, shape):
     return columns(jnp.eye(shape.num_parameters)).T
 
 
-@grid(thin=2, name=BLOCKS, shape=SHAPES)
+@grid(thin=3, name=BLOCKS, shape=SHAPES)
 def test_products_diagonal_and_dense(name, shape):
     block, shape, statistics, matrix = make(name, shape)
     assert_close(as_matrix(lambda v: block.multiply(shape, statistics, v), shape), matrix)
@@ -153,7 +153,7 @@ def test_products_diagonal_and_dense(name, shape):
     assert_close(fill(shape, positions(shape).reshape(len(blocks), -1), blocks), matrix)
 
 
-@grid(thin=2, name=BLOCKS, shape=SHAPES)
+@grid(thin=3, name=BLOCKS, shape=SHAPES)
 def test_any_power_from_one_eigendecomposition(name, shape):
     block, shape, statistics, matrix = make(name, shape)
     spectrum = block.spectrum(shape, statistics, tuple(map(linalg.eigh, block.factors(shape, statistics))))
@@ -169,7 +169,7 @@ def test_any_power_from_one_eigendecomposition(name, shape):
             assert_close(spectrum.diagonal(exponent, damping).reshape(-1), jnp.diag(expected), tolerance=1e-9)
 
 
-@grid(thin=2, name=BLOCKS, shape=SHAPES)
+@grid(thin=3, name=BLOCKS, shape=SHAPES)
 def test_inverse_of_the_damped_block(name, shape):
     block, shape, statistics, matrix = make(name, shape)
     eye = jnp.eye(shape.num_parameters)
@@ -212,7 +212,7 @@ def factored(shape, left, right, damping):
     return kron_blocks(shape, damped(left, jnp.sqrt(damping) / pi), damped(right, jnp.sqrt(damping) * pi))
 
 
-@grid(thin=2, name=BLOCKS, shape=SHAPES)
+@grid(thin=3, name=BLOCKS, shape=SHAPES)
 def test_the_first_inverse_is_the_identity(name, shape):
     block, shape, statistics, _ = make(name, shape)
     state = block.init(shape)

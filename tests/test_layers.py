@@ -116,8 +116,8 @@ def same_operation(case):
     return operations[:, None] == operations[None, :], stamps[:, None] == stamps[None, :]
 
 
-def every_other(i, *row):
-    return pytest.param(*row, marks=[pytest.mark.slow] if i % 2 else [])
+def every_third(i, *row):
+    return pytest.param(*row, marks=[pytest.mark.slow] if i % 3 else [])
 
 
 def rarely(*row):
@@ -127,7 +127,7 @@ def rarely(*row):
 @pytest.mark.parametrize(
     ("name", "block", "axis"),
     [
-        *(every_other(i, name, "full", "batch") for i, name in enumerate(LAYERS)),
+        *(every_third(i, name, "full", "batch") for i, name in enumerate(LAYERS)),
         *(rarely(name, block, "batch") for name in SOME_LAYERS for block in ("diagonal", "unit-wise")),
         *(rarely(name, "full", None) for name in SOME_LAYERS),
     ],

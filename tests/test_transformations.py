@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import grid
 from helpers import assert_close, parameters
 
 import kfax
@@ -105,8 +106,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@grid(thin=2, variant=VARIANTS, block=BLOCKS)
 def test_statistics_stay_the_same(variant, block):
     assert_close(statistics(tagged(block), VARIANTS[variant]), plain_statistics(block))
 

@@ -142,7 +142,7 @@ def _name(path: str) -> str:
 def _cells(row: CoverageRow) -> tuple[str, ...]:
     parameters = " ".join(f"{name}{list(shape)}".replace(" ", "") for name, shape in row.parameters)
     costs = (_si(row.num_bytes, "B"), *(_si(n, "flop") for n in (row.update_flops, row.refresh_flops, row.solve_flops)))
-    block = "NONE: needs one, or `frozen=`" if row.block is None else row.block
+    block = "NONE: `kfax.tag` the model, wrap the module, or `frozen=`" if row.block is None else row.block
     block += "".join(f", tied to {path}" for path in row.tied)
     return (row.path or "(model)", parameters, row.layer or "", block, *(costs if row.num_bytes else ("",) * 4))
 

@@ -181,7 +181,7 @@ def test_coverage_predicts_the_state_and_runs_nothing(key):
 
 def test_coverage_as_a_table(custom):
     text = str(kfax.coverage(custom))
-    assert text.count("NONE: needs one") == 4
+    assert text.count("NONE: `kfax.tag` the model") == 4
     lines = str(kfax.coverage(kfax.tag(custom, frozen=lambda m: m.scale), frozen=lambda m: m.scale)).splitlines()
     assert lines[0].split() == ["path", "parameters", "layer", "block", "state", "update/row", "refresh", "solve"]
     assert "frozen" in lines[2]

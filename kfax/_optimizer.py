@@ -20,7 +20,7 @@ from ._present import observe, Present, problem_with
 from ._quadratic import QuadraticModel
 from ._registry import split_parameters
 from ._rescale import NormConstraint, Rejection
-from ._scalars import below_one, nonnegative, not_a_class, positive, scalar
+from ._scalars import nonnegative, not_a_class, positive, scalar, within_closed_unit
 from ._step import OptimizerState, parameters_for, StepInfo
 from ._tree import anywhere, cond, is_traced, zeros_like
 from ._types import Model, PRNGKey, PyTree, Schedule, Where
@@ -324,4 +324,4 @@ _MAX_TRIALS = 100
 def _coefficient(name: str, value: Any) -> Coefficient:
     if isinstance(value, QuadraticModel | NormConstraint) or callable(not_a_class(name, value)):
         return value
-    return below_one(name, value) if name == "momentum" else nonnegative(name, value)
+    return within_closed_unit(name, value) if name == "momentum" else nonnegative(name, value)

@@ -53,11 +53,11 @@ def nonnegative(name: str, value: Any) -> Scalar:
     return array
 
 
-def below_one(name: str, value: Any) -> Scalar:
-    """A scalar array, checked to be in [0, 1) if its value can be known."""
+def within_closed_unit(name: str, value: Any) -> Scalar:
+    """A scalar array, checked to be in [0, 1] if its value can be known."""
     array = scalar(name, value)
-    if not is_traced(array) and not 0 <= float(array) < 1:
-        raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
+    if not is_traced(array) and not 0 <= float(array) <= 1:
+        raise ValueError(f"`{name}` must be in [0, 1], got {value}.")
     return array
 
 

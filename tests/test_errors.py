@@ -240,8 +240,8 @@ def test_a_dense_layer_that_is_not_mapped(case):
     [
         ({"learning_rate": -0.1}, r"`learning_rate` must not be negative, got -0\.1"),
         ({"learning_rate": float("nan")}, "`learning_rate` must not be negative, got nan"),
-        ({"momentum": 1.5}, r"`momentum` must be in \[0, 1\), got 1\.5"),
-        ({"momentum": -0.5}, r"`momentum` must be in \[0, 1\)"),
+        ({"momentum": 1.5}, r"`momentum` must be in \[0, 1\], got 1\.5"),
+        ({"momentum": -0.5}, r"`momentum` must be in \[0, 1\]"),
         ({"learning_rate": kfax.QuadraticModel}, r"not a class: write `kfax\.QuadraticModel\(\.\.\.\)`"),
         ({"damping": kfax.LevenbergMarquardt}, r"not a class: write `kfax\.LevenbergMarquardt\(\.\.\.\)`"),
     ],

@@ -98,7 +98,8 @@ def test_jit_equals_scan(kind, model):
 
     start = (dynamic, begin(optimizer, case))
     (dynamic, state), infos = eqx.filter_jit(lambda c: jax.lax.scan(body, c, jnp.arange(7)))(start)
-    assert_close((eqx.combine(dynamic, static), state, infos), run(optimizer, case))
+    # Two programs round differently, and seven steps amplify it: to 1.6e-9 with jax 0.9.0.
+    assert_close((eqx.combine(dynamic, static), state, infos), run(optimizer, case), tolerance=1e-8)
 
 
 @grid(

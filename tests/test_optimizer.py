@@ -98,8 +98,9 @@ def test_jit_equals_scan(kind, model):
 
     start = (dynamic, begin(optimizer, case))
     (dynamic, state), infos = eqx.filter_jit(lambda c: jax.lax.scan(body, c, jnp.arange(7)))(start)
-    # Two programs round differently, and seven steps amplify it: to 1.6e-9 with jax 0.9.0.
-    assert_close((eqx.combine(dynamic, static), state, infos), run(optimizer, case), tolerance=1e-8)
+    # Schedules of optax are computed in float32, which the two programs may round differently.
+    tolerance = 1e-6 if kind == "scheduled" else None
+    assert_close((eqx.combine(dynamic, static), state, infos), run(optimizer, case), tolerance=tolerance)
 
 
 @grid(

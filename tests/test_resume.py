@@ -67,7 +67,8 @@ def test_killed_training_goes_on_to_the_same_bits(kills, tmp_path):
     """SIGKILL at random moments: while starting, while training, while a checkpoint is written."""
 
     def command(name):
-        return [sys.executable, str(EXAMPLE), "--steps", "60", "--every", "1", "--checkpoint", str(tmp_path / name)]
+        return [sys.executable, str(EXAMPLE), "--steps", "60", "--every", "1", "--checkpoint", str(tmp_path / name),
+                "--output", str(tmp_path / "plot.png")]  # fmt: skip
 
     whole = subprocess.run(command("whole.eqx"), stdout=subprocess.PIPE, text=True, check=True).stdout
     chance = random.Random(0)
@@ -83,3 +84,4 @@ def test_killed_training_goes_on_to_the_same_bits(kills, tmp_path):
     assert "goes on from step" in parts
     assert parts.splitlines()[-1] == whole.splitlines()[-1]
     assert whole.splitlines()[-1].startswith("digest")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

@@ -24,6 +24,7 @@ from ._blocks import (
     ScaledIdentity as ScaledIdentity,
     Sharing as Sharing,
     Spectrum as Spectrum,
+    TensorNormal as TensorNormal,
     UnitWise as UnitWise,
 )
 from ._check import check as check

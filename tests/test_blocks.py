@@ -61,6 +61,13 @@ def _same(shape, axes):
     return groups[:, None] == groups[None, :]
 
 
+def partial_traces(shape, matrix):
+    """The sums of the diagonal blocks of either kind, `(d_g, d_g)` and `(d_a, d_a)`, for each matrix of a stack."""
+    blocks = [matrix[i][:, i] for i in positions(shape).reshape(-1, shape.d_g * shape.d_a)]
+    blocks = jnp.stack(blocks).reshape(*shape.leading, *2 * (shape.d_g, shape.d_a))
+    return jnp.einsum("...iaja->...ij", blocks), jnp.einsum("...iaib->...ab", blocks)
+
+
 def gradient_case(block, shape):
     gradients = random_gradients(shape)
     inputs, moment = (), block.second_moment(shape, gradients)
@@ -73,6 +80,9 @@ def gradient_case(block, shape):
     elif isinstance(block, kfax.ScaledIdentity):
         means = jnp.mean(jnp.diag(matrix).reshape(*shape.leading, -1), axis=-1, keepdims=True)
         matrix = jnp.diag(jnp.broadcast_to(means, (*shape.leading, shape.d_g * shape.d_a)).reshape(-1))
+    elif isinstance(block, kfax.TensorNormal):
+        left, right = partial_traces(shape, matrix)
+        matrix = kron_blocks(shape, left / jnp.trace(left, axis1=-2, axis2=-1)[..., None, None], right)
     return statistics, matrix
 
 
@@ -112,6 +122,7 @@ BLOCKS = {
     "diagonal": kfax.Diagonal(),
     **{f"unitwise-{n}": kfax.UnitWise(inversion=i) for n, i in INVERSIONS.items()},
     **{f"full-{n}": kfax.Full(inversion=i) for n, i in INVERSIONS.items()},
+    **{f"tensor-normal-{n}": kfax.TensorNormal(inversion=i) for n, i in INVERSIONS.items()},
     **{f"kronecker-{n}": kfax.KroneckerFactored(inversion=i) for n, i in INVERSIONS.items()},
     **{f"kronecker-3-{n}": kfax.KroneckerFactored(inversion=i, max_dim=3) for n, i in INVERSIONS.items()},
     **{f"kronecker-0-{n}": kfax.KroneckerFactored(inversion=i, max_dim=0) for n, i in INVERSIONS.items()},
@@ -192,6 +203,9 @@ def damped_matrix(block, shape, statistics, matrix, damping):
         return kron_blocks(shape, direct.g / 2, direct.a) + term
     if isinstance(block, kfax.KroneckerFactored) and not block.diagonalizes:
         return factored(shape, statistics.g / 2, statistics.a, damping)
+    if isinstance(block, kfax.TensorNormal) and not block.diagonalizes:
+        left, right = partial_traces(shape, matrix)
+        return factored(shape, left / jnp.trace(left, axis1=-2, axis2=-1)[..., None, None], right, damping)
     return matrix + damping * jnp.eye(len(matrix))
 
 

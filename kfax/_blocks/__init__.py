@@ -26,3 +26,4 @@ from .sharing import (
     Reduce as Reduce,
     Sharing as Sharing,
 )
+from .tensor_normal import TensorNormal as TensorNormal

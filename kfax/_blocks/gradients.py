@@ -1,4 +1,4 @@
-"""Blocks made of per-example gradients: exact within what they keep."""
+"""Blocks made of per-example gradients: exact in the entries that they keep."""
 
 import abc
 import math
@@ -16,10 +16,10 @@ from .product import check_inversion, Cholesky, Eigh, Inversion, Product
 
 
 class GradientBlock(ProductBlock):
-    """What blocks have in common that keep some entries of the second moment of the gradients of single examples.
+    """What blocks have in common that are made of the second moment of the gradients of single examples.
 
-    The gradients are summed over all uses of a layer within an example before they are multiplied, so that the
-    entries are exact however often a layer is used. That takes memory for one gradient of each example in a batch.
+    The gradients are summed over all uses of a layer within an example before they are multiplied, so that what is
+    kept is exact however often a layer is used. That takes memory for one gradient of each example in a batch.
     """
 
     @property
@@ -48,17 +48,17 @@ class GradientBlock(ProductBlock):
         second_moment: ArrayTree,
         weights: Float[Array, " n"] | None,
         num_examples: int,
-    ) -> Float[Array, "..."]:
-        return second_moment / num_examples
+    ) -> ArrayTree:
+        return jax.tree.map(lambda kept: kept / num_examples, second_moment)
 
-    def zeros(self, shape: MatrixShape) -> Float[Array, "..."]:
+    def zeros(self, shape: MatrixShape) -> ArrayTree:
         examples = jax.ShapeDtypeStruct((*shape.leading, 1, shape.d_g, shape.d_a), shape.statistics_dtype)
         kept = jax.eval_shape(lambda gradients: self.squares(shape, gradients), examples)
-        return jnp.zeros(kept.shape, kept.dtype)
+        return jax.tree.map(lambda kept: jnp.zeros(kept.shape, kept.dtype), kept)
 
     @abc.abstractmethod
-    def squares(self, shape: MatrixShape, gradients: Float[Array, "*leading n d_g d_a"]) -> Float[Array, "..."]:
-        """The entries that are kept, summed over examples."""
+    def squares(self, shape: MatrixShape, gradients: Float[Array, "*leading n d_g d_a"]) -> ArrayTree:
+        """What is kept of the products of the gradients' entries, summed over examples: an array, or several."""
 
 
 class ScaledIdentity(GradientBlock):

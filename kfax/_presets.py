@@ -61,6 +61,7 @@ def stochastic(
     *,
     learning_rate: ArrayLike | Schedule,
     damping: ArrayLike | Schedule | DampingRule | RelativeDamping = 1e-2,
+    bound: ArrayLike | Schedule = 1e-3,
     l2: ArrayLike | L2 = 0.0,
     estimator: BlockDiagonalCurvature | None = None,
     frozen: Where | None = None,
@@ -68,7 +69,7 @@ def stochastic(
     """An optimizer for mini-batches: a learning rate to choose, best with a schedule that decays, and perhaps λ.
 
     On a mini-batch neither its quadratic model nor the change of its own loss says much about the loss, so nothing is
-    chosen by them. A [`kfax.NormConstraint`][] of 1e-3 keeps steps in reach of the quadratic model while the curvature
+    chosen by them. A [`kfax.NormConstraint`][] keeps steps in reach of the quadratic model while the curvature
     changes quickly, which takes the place of a warmup. Inverses are renewed over 10 steps, some at each of them. These
     numbers were found on the digits of the benchmarks, among some ten settings.
 
@@ -81,8 +82,9 @@ def stochastic(
     **Arguments:** as for [`kfax.Optimizer`][], and:
 
     - `learning_rate`: α, a number or a schedule: from 0.1 down is a good first try.
-    - `damping`: λ. The default is for losses of some nats for each example, such as the cross entropy of a
-        classification; multiply it by whatever your loss is multiplied by. [loss/param²]
+    - `damping`: λ. This default and the next are for losses of some nats for each example, such as the cross entropy
+        of a classification: multiply both by whatever your loss is multiplied by. [loss/param²]
+    - `bound`: κ of the [`kfax.NormConstraint`][]. [loss]
     - `estimator`: of the curvature; `kfax.BlockDiagonalCurvature()` if not given, and none but such, since its blocks
         are refreshed one after the other.
 
@@ -90,7 +92,7 @@ def stochastic(
     """
     return Optimizer(
         loss_fn,
-        learning_rate=NormConstraint(learning_rate, 1e-3),
+        learning_rate=NormConstraint(learning_rate, bound),
         momentum=0.9,
         damping=damping,
         l2=l2,

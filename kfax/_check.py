@@ -29,15 +29,15 @@ def check(
     For a random cotangent of the outputs the gradient of each layer's weights is computed twice: by differentiating
     the model, and from the inputs and output cotangents that the layer's tag observed. They agree unless a weight is
     also used where its tag cannot see it (`model.embedding.weight.T`, a rescaled copy). Curvature would then be
-    wrong without a sign. Loss and gradient must also be finite. Costs two passes through the model, compiled. Whether a
-    block suits its layer shows when curvature is first estimated.
+    wrong, and nothing would show it. Loss and gradient must also be finite. Costs two passes through the model,
+    compiled. Whether a block suits its layer shows when curvature is first estimated.
 
     **Arguments:** as for [`kfax.Optimizer`][] and its `init`, which calls this.
 
     **Returns:** nothing.
 
-    **Raises:** `ValueError` naming the layer whose weight is used behind its tag's back, or for a loss that is not
-    finite, or for whatever is found wrong while the model is traced.
+    **Raises:** `ValueError` naming the layer whose weight is used behind its tag's back, or for a loss or gradient that
+    is not finite, or for whatever is found wrong while the model is traced.
     """
     arguments = (loss_fn, model, batch, key, model_state)
     try:

@@ -24,7 +24,7 @@ class CoverageRow:
     - `tied`: the paths of other layers that use the same parameters, tied by `equinox.nn.Shared`.
     - `num_parameters`: how many numbers are trained here.
     - `num_bytes`: of curvature state: the averaged statistics and the inverse.
-    - `update_flops`: of the statistics, for each example (and position).
+    - `update_flops`: of the statistics, for each row: each example and, but for [`kfax.Reduce`][], each position.
     - `refresh_flops`: of recomputing the inverse.
     - `solve_flops`: of preconditioning a gradient.
     """

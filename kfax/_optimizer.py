@@ -73,11 +73,11 @@ class Optimizer(eqx.Module):
         - `loss_fn`: called as `loss_fn(model, batch)`, and with `key=` and `model_state=` if it has parameters of
             these names. Returns a [`kfax.Loss`][] of the whole batch (or a list or dictionary of them), or a tuple
             `(losses, aux)`; if it takes a model state, `(losses, model_state)` or `(losses, model_state, aux)`.
-        - `learning_rate`: α, a number, a schedule (a function of the step, as those of optax),
+        - `learning_rate`: α ≥ 0, a number, a schedule (a function of the step, as those of optax),
             [`kfax.QuadraticModel`][] or [`kfax.NormConstraint`][].
-        - `momentum`: β, a number, a schedule or [`kfax.QuadraticModel`][].
-        - `damping`: λ, a number, a schedule, a rule such as [`kfax.LevenbergMarquardt`][], or one of these relative to
-            the curvature, [`kfax.RelativeDamping`][]. [loss/param²]
+        - `momentum`: β in [0, 1], a number, a schedule or [`kfax.QuadraticModel`][].
+        - `damping`: λ > 0, a number, a schedule, a rule such as [`kfax.LevenbergMarquardt`][], or one of these relative
+            to the curvature, [`kfax.RelativeDamping`][]. [loss/param²]
         - `l2`: η, a number, or a [`kfax.L2`][] for some of the parameters. [loss/param²]
         - `preconditioner`: which curvature is inverted, and how often; [`kfax.Preconditioner`][]`()` if not given.
         - `micro_batches`: in how many equal parts a batch is run, one after the other, to save memory. Examples are

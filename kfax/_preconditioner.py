@@ -18,8 +18,9 @@ from ._types import Counter, Model, Parameters, Scalar, Schedule, Where
 class Staggered(eqx.Module):
     """Spreads the refresh over the steps of a period: each step refreshes some of the blocks, for about equal cost.
 
-    As much is computed as by a refresh of everything once in a period, but no step takes longer than others. The first
-    step refreshes everything. The compiled program has every factorization twice.
+    As much is computed as by a refresh of everything once in a period, but no step takes longer than others: except the
+    first one, and one after an inverse that failed or a step that was undone, which refresh everything. The compiled
+    program has every factorization twice.
 
     **Fields:**
 
@@ -82,8 +83,8 @@ class Preconditioner(eqx.Module):
             [`kfax.Fraction`][]`(1 / 8)`. It is run through the model apart from the rest. All of it, if not given.
         - `damping`: of the preconditioner, if it is not to be that of the optimizer: a number, a schedule, or a
             [`kfax.DampingMultiple`][] of it. [loss/param²]
-        - `exponent`: from -1, the inverse, to 0. Any but -1, such as -1/2, is taken in an eigenbasis, with the damping
-            added to the eigenvalues whatever `inversion` a block has.
+        - `exponent`: at least -1, the inverse, and below 0. Any but -1, such as -1/2, is taken in an eigenbasis, with
+            the damping added to the eigenvalues whatever `inversion` a block has.
 
         **Raises:** `ValueError` for values out of their range.
         """
@@ -92,7 +93,7 @@ class Preconditioner(eqx.Module):
         if not isinstance(estimator, CurvatureEstimator):
             raise ValueError(f"`estimator` must be a curvature estimator, got {estimator!r}.")
         if isinstance(exponent, bool) or not (isinstance(exponent, int | float) and -1 <= exponent < 0):
-            raise ValueError(f"`exponent` must be a number from -1 to 0, such as -1 or -1/2, got {exponent!r}.")
+            raise ValueError(f"`exponent` must be at least -1 and below 0, such as -1 or -1/2, got {exponent!r}.")
         check_period("curvature_update_period", curvature_update_period)
         if not (batch is None or callable(batch)):
             raise ValueError(

@@ -18,7 +18,7 @@ class OptimizerState(eqx.Module):
 
     **Fields:**
 
-    - `step`: how many steps were taken.
+    - `step`: how many calls of `step` there were, those whose step was not taken included.
     - `damping`: as the damping rule left it: λ [loss/param²], or a multiple of the mean eigenvalue if it is relative.
     - `velocity`: the previous update of the parameters. [param]
     - `preconditioner`: the state of the estimator, with its inverses.
@@ -46,8 +46,8 @@ class StepResult(eqx.Enumeration):
     - `non_finite_batch`: loss, gradient or new model state are not finite. Nothing was changed but the counter (and
         inverses, if they were due).
     - `non_finite_update`: the update was not finite. The parameters were not changed, the velocity was set to zero.
-    - `rejected`: the loss was higher after the step, or not finite. The step was undone; after the second time in a row
-        the velocity is set to zero.
+    - `rejected`: the loss was higher after the step, or not finite. The step was undone; the velocity is set to zero
+        after the second time in a row, or at once where there is no [`kfax.Rejection`][].
     - `non_finite_inverse`: the step was taken, with the last good inverse for at least one block. A block without any
         is not moved. All inverses are computed anew at the next step.
     - `non_finite_curvature`: the step was taken, but the statistics of the batch were left out.
@@ -86,7 +86,7 @@ class StepInfo(eqx.Module):
 
     - `step`: its number, from zero.
     - `result`: how it went, a [`kfax.StepResult`][].
-    - `loss`: the objective before the step: all losses, and the L2 term.
+    - `loss`: the objective before the step: all losses and penalties, and the L2 term.
     - `gradient_norm`: of the objective. [loss/param]
     - `update_norm`: of the change of the parameters. [param]
     - `learning_rate`, `momentum`: the coefficients that were used.

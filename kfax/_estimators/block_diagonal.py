@@ -49,8 +49,8 @@ class BlockDiagonalState(eqx.Module):
 class BlockDiagonalCurvature(CurvatureEstimator):
     """One block for each tagged layer, of the kind that the layer declares; nothing between layers.
 
-    An update runs the model forward and backward once (and as many more times backward as `source` asks for); a
-    refresh costs what the blocks' inverses cost.
+    An update runs the model forward once and backward as many times as `source` asks for (within a step, the forward
+    pass is that of the gradient); a refresh costs what the blocks' inverses cost.
 
     ??? cite "Source"
         Martens & Grosse 2015, arXiv:1503.05671, sections 3 and 4.2; the running average is section 5's, without its

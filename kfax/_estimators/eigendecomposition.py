@@ -59,7 +59,8 @@ class Eigendecomposition(eqx.Module):
         **Arguments:**
 
         - `like`: any PyTree like the parameters.
-        - `exponent`: p. With -1 it is the marginal variances of the Laplace approximation.
+        - `exponent`: p. With -1 it is the marginal variances of the Laplace approximation, times the number of examples
+            N, for a λ that is the precision of the prior divided by N.
         - `damping`: λ. [loss/param²]
 
         **Returns:** a PyTree like the parameters.

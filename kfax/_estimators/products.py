@@ -16,9 +16,9 @@ from .._types import Parameters, PRNGKey
 
 
 class Hessian(eqx.Module):
-    """The matrix of second derivatives of the whole objective, penalties included. It may be indefinite.
+    """The matrix of second derivatives of everything that `loss_fn` returns, penalties included. It may be indefinite.
 
-    Not a source of cotangents, so that only the exact estimators take it.
+    The L2 term of an optimizer is not in it. Not a source of cotangents, so that only the exact estimators take it.
     """
 
 

@@ -22,7 +22,8 @@ class Penalty(eqx.Module):
     """A term of the objective that has a gradient but no curvature: L1, a KL divergence, a load balance.
 
     Return it from `loss_fn` next to a [`kfax.Loss`][]: `[loss, 0.01 * kfax.Penalty(value)]`. Its gradient is exact;
-    every estimate of the curvature leaves it out. For L2 use [`kfax.L2`][], whose curvature is known.
+    every estimate of the curvature but [`kfax.Hessian`][] leaves it out. For L2 use [`kfax.L2`][], whose curvature is
+    known.
     """
 
     value: Scalar

@@ -42,7 +42,8 @@ MINI_BATCHES = {
     "statistics of 1/8 of the batch": {"batch": kfax.Fraction(1 / 8)},
     "`decay=0.5`": {"estimator": BLOCKS(decay=0.5)},
     "`decay=0.99`": {"estimator": BLOCKS(decay=0.99)},
-    "exact damping, `kfax.Eigh()`": {"inversion": kfax.Eigh()},
+    "exact damping, `kfax.Eigh()`": {"block": kfax.KroneckerFactored(inversion=kfax.Eigh())},
+    "`kfax.TensorNormal()`": {"block": kfax.TensorNormal()},
     "`kfax.SampledFisher()`": {"estimator": BLOCKS(kfax.SampledFisher())},
     "`kfax.ExactGGN()`": {"estimator": BLOCKS(kfax.ExactGGN())},
     "`kfax.EmpiricalFisher()`": {"estimator": BLOCKS(kfax.EmpiricalFisher())},
@@ -64,17 +65,18 @@ FULL_BATCHES = {
 }
 
 
-class ExactDamping(stochastic.Digits):
-    """The same, with another inversion of the factors."""
+class OtherBlocks(stochastic.Digits):
+    """The same, with another block for all layers."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
 
     def model(self, key):
-        model, block = super().model(key), kfax.KroneckerFactored(inversion=kfax.Eigh())
-        for i in range(len(model.layers)):
-            model = kfax.set_block(model, f".layers[{i}]", block)
-        return model
+        return kfax.set_block(super().model(key), lambda model: model, self.block)
 
 
-def mini_batches(task, rate, *, bound=1e-3, momentum=0.9, damping=1e-2, inversion=None, **settings):
+def mini_batches(task, rate, *, bound=1e-3, momentum=0.9, damping=1e-2, block=None, **settings):
     """The preset `kfax.stochastic`, taken apart."""
     schedule = task.schedule(rate, False)
     optimizer = kfax.Optimizer(
@@ -93,7 +95,7 @@ def mini_batches(task, rate, *, bound=1e-3, momentum=0.9, damping=1e-2, inversio
 
 
 def tune_digits(seeds):
-    task, exact = stochastic.Digits(), ExactDamping()
+    task = stochastic.Digits()
 
     def row(name, task, make, rate):
         rows = stochastic.run(task, make, rate, seeds)
@@ -112,7 +114,7 @@ def tune_digits(seeds):
     print("|---|---:|---:|---:|---:|")
     for name, change in MINI_BATCHES.items():
         make = functools.partial(mini_batches, **change)
-        print(row(name, exact if "inversion" in change else task, make, task.rate)[1], flush=True)
+        print(row(name, OtherBlocks(change["block"]) if "block" in change else task, make, task.rate)[1], flush=True)
     for rate in ADAM_RATES:
         print(row(f"Adam {rate:g}", task, stochastic.adam, rate)[1], flush=True)
 

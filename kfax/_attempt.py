@@ -132,14 +132,16 @@ class Rules(eqx.Module):
             ratio=(after - present.loss) / change,
         )
 
-    def adjusted(self, attempt: Attempt, wanted: Bool[Array, ""] | bool, undone: Bool[Array, ""]) -> Scalar:
-        """What the damping rule makes of a step, if it is wanted; and of one that is undone in any case."""
+    def adjusted(
+        self, stored: Scalar, attempt: Attempt, wanted: Bool[Array, ""] | bool, undone: Bool[Array, ""]
+    ) -> Scalar:
+        """What the damping rule stores after a step, if it is wanted; and after one that is undone in any case."""
         if attempt.is_given:
-            return attempt.number
+            return stored
         # Where no decrease was predicted the ratio says nothing.
         tells = undone | (wanted & ~(attempt.change >= 0))
         new = self.rule.update(attempt.number, jnp.where(undone, jnp.nan, attempt.ratio))
-        return jnp.where(tells, new, attempt.number)
+        return jnp.where(tells, new, stored)
 
     def conclude(
         self,
@@ -159,7 +161,7 @@ class Rules(eqx.Module):
         again = ~is_finite | state.was_undone | (self.rejection is None)
         stay = select(undone & again, zeros_like(state.velocity), state.velocity)
         stale = attempt.preconditioner.is_stale | undone
-        adjusted = self.adjusted(attempt, self.rule.wants_ratio(state.step), undone)
+        adjusted = self.adjusted(state.damping, attempt, self.rule.wants_ratio(state.step), undone)
         new_state = OptimizerState(
             step=state.step + 1,
             damping=jnp.where(is_good, adjusted, state.damping),
@@ -220,15 +222,14 @@ class Rules(eqx.Module):
 
     @property
     def _model(self) -> QuadraticModel:
-        models = [each for each in (self.learning_rate, self.momentum) if isinstance(each, QuadraticModel)]
-        return models[0] if models else QuadraticModel()
+        return next(each for each in (self.learning_rate, self.momentum) if isinstance(each, QuadraticModel))
 
     def _predict(
         self, present: Present, preconditioner: PreconditionerState, update: Parameters, step: Counter
     ) -> Scalar:
         """The change that a quadratic model predicts where no coefficient was chosen by one."""
-        if isinstance(self.rule, LevenbergMarquardt) and self.rule.exact_model:
-            return present.plane(self._model, (update,), step).change(jnp.ones(1))
+        if isinstance(self.rule, LevenbergMarquardt) and self.rule.exact_model is not None:
+            return present.plane(QuadraticModel(self.rule.exact_model), (update,), step).change(jnp.ones(1))
         estimator = self.preconditioner.estimator
         return present.predict(lambda v: estimator.multiply(preconditioner.curvature, v), update)
 

@@ -7,9 +7,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from ._capture import linearize, Problem, Reading
+from ._capture import Linearization, linearize, Problem, Reading
 from ._layers import Part, to_matrices
 from ._types import Model, PRNGKey, Where
 
@@ -29,8 +29,9 @@ def check(
     For a random cotangent of the outputs the gradient of each layer's weights is computed twice: by differentiating
     the model, and from the inputs and output cotangents that the layer's tag observed. They agree unless a weight is
     also used where its tag cannot see it (`model.embedding.weight.T`, a rescaled copy). Curvature would then be
-    wrong, and nothing would show it. Loss and gradient must also be finite. Costs two passes through the model,
-    compiled. Whether a block suits its layer shows when curvature is first estimated.
+    wrong, and nothing would show it. Loss and gradient must also be finite. Costs a pass
+    forward through the model and two backward, compiled. Whether a block suits its layer shows when curvature is first
+    estimated.
 
     **Arguments:** as for [`kfax.Optimizer`][] and its `init`, which calls this.
 
@@ -39,22 +40,36 @@ def check(
     **Raises:** `ValueError` naming the layer whose weight is used behind its tag's back, or for a loss or gradient that
     is not finite, or for whatever is found wrong while the model is traced.
     """
-    arguments = (loss_fn, model, batch, key, model_state)
+    check_observed(Problem(loss_fn, model, batch, key, model_state, frozen), example_axis)
+
+
+def check_observed(problem: Problem, example_axis: str | None) -> None:
+    """Whether loss and gradient are finite, and every use of a weight was observed."""
     try:
         with jax.default_matmul_precision("highest"):  # or accelerators would round the rebuilt gradients to 10 bits
-            value, faults = jax.block_until_ready(eqx.filter_jit(_compare)(arguments, example_axis, frozen))
+            found = jax.block_until_ready(eqx.filter_jit(_compare)(problem, example_axis))
     except eqx.EquinoxRuntimeError as error:
         # A wrong example axis shows only when the computation runs (see `_fold`). The message alone is what matters.
         message = str(error).rpartition("EquinoxRuntimeError: ")[2].partition("\n\n---")[0]
         raise ValueError(message) from None
+    _report(problem, *found)
+
+
+def check_values(problem: Problem) -> None:
+    """Whether loss and gradient are finite."""
+    _report(problem, *eqx.filter_jit(_values)(linearize(problem)), {})
+
+
+def _report(problem: Problem, value: Array, is_finite: dict[str, Array], gaps: dict[str, Array]) -> None:
     if not np.isfinite(value):
-        raise ValueError(_not_finite_message(float(value), batch, model))
-    faults = {path: float(fault) for path, fault in faults.items() if fault != 0}
-    undefined = [f"`{path}`" for path, fault in faults.items() if not np.isfinite(fault)]
+        raise ValueError(_not_finite_message(float(value), problem.batch, problem.model))
+    faults = {path: float(gap) for path, gap in gaps.items() if gap != 0}
+    undefined = [f"`{path}`" for path in is_finite if not is_finite[path] or not np.isfinite(faults.get(path, 0))]
     if undefined:
         raise ValueError(
             f"The loss is finite, but its gradient in the parameters of {', '.join(undefined)} is not: look for a "
-            "square root, a logarithm or a division at zero after the layer, also where its result is not used."
+            "square root, a logarithm or a division at zero after the layer or in the loss, also where its result is "
+            "not used."
         )
     if faults:
         worst = max(faults, key=lambda path: faults[path])
@@ -69,10 +84,16 @@ def check(
         )
 
 
-def _compare(arguments, example_axis, frozen) -> tuple[Array, dict[str, Float[Array, ""]]]:
-    """The loss, and for each layer the relative gap between the two gradients, or zero if within rounding."""
-    loss_fn, model, batch, key, model_state = arguments
-    problem = Problem(loss_fn, model, batch, key, model_state, frozen)
+def _values(linearization: Linearization) -> tuple[Array, dict[str, Bool[Array, ""]]]:
+    """The loss, and for each layer whether its gradient is finite."""
+    gradients = to_matrices(linearization.gradient())
+    return linearization.evaluation.value(), {path: jnp.all(jnp.isfinite(g)) for path, g in gradients.items()}
+
+
+def _compare(
+    problem: Problem, example_axis: str | None
+) -> tuple[Array, dict[str, Bool[Array, ""]], dict[str, Float[Array, ""]]]:
+    """`_values`, and for each layer the relative gap between the two gradients, or zero if within rounding."""
     linearization = linearize(problem, _read_gradient, example_axis=example_axis)
     losses = linearization.losses
     keys = jax.random.split(jax.random.key(0), len(losses))
@@ -80,7 +101,7 @@ def _compare(arguments, example_axis, frozen) -> tuple[Array, dict[str, Float[Ar
     cotangents = tuple(jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, shapes, strict=True))
     gradient, observed = linearization.pull(cotangents)
     true = to_matrices(gradient)
-    return linearization.evaluation.value(), {path: _gap(true[path], *observed[path]) for path in observed}
+    return *_values(linearization), {path: _gap(true[path], *observed[path]) for path in observed}
 
 
 def _read_gradient(part: Part, num_examples: int) -> Reading:
@@ -123,7 +144,8 @@ def _gap(true: Array, observed: Array, magnitude: Array, resolution: Array) -> F
     resolution = jnp.max(resolution)
     largest = jnp.maximum(jnp.linalg.norm(true), jnp.linalg.norm(observed))
     distance = jnp.linalg.norm(true - observed)
-    allowed = resolution**0.375 * largest + 8 * resolution * jnp.linalg.norm(magnitude)
+    total = jnp.linalg.norm(magnitude)  # of functions that are not defined for absolute values, nothing
+    allowed = resolution**0.375 * largest + 8 * resolution * jnp.where(jnp.isfinite(total), total, 0)
     return jnp.where(distance <= allowed, 0, distance / jnp.where(largest > 0, largest, 1))
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
 from ._scalars import not_a_class, positive, scalar, scheduled, within_unit
+from ._sources import check_deterministic, CurvatureSource
 from ._tree import is_traced
 from ._types import Counter, Scalar, Schedule
 
@@ -132,7 +133,7 @@ class LevenbergMarquardt(DampingRule):
     finite is undone, and λ raised; for all steps, and losses that rose, see [`kfax.Rejection`][].
 
     M has the exact curvature if learning rate or momentum are chosen by [`kfax.QuadraticModel`][], and the estimator's
-    otherwise, unless `exact_model` says so: that costs a forward pass of derivatives on the steps that need it.
+    otherwise, unless `exact_model` says which: that costs a forward pass of derivatives on the steps that need it.
 
     ??? cite "Source"
         Martens & Grosse 2015, arXiv:1503.05671, section 6.5. Differs: the paper's M includes λ‖δ‖²/2; here it does
@@ -146,7 +147,7 @@ class LevenbergMarquardt(DampingRule):
     minimum: Scalar
     maximum: Scalar
     period: int = eqx.field(static=True)
-    exact_model: bool = eqx.field(static=True)
+    exact_model: CurvatureSource | None
     includes_damping: bool = eqx.field(static=True)
 
     def __init__(
@@ -159,7 +160,7 @@ class LevenbergMarquardt(DampingRule):
         upper: ArrayLike = 0.75,
         minimum: ArrayLike = 1e-8,
         maximum: ArrayLike = 1e8,
-        exact_model: bool = False,
+        exact_model: CurvatureSource | None = None,
         includes_damping: bool = False,
     ):
         """**Arguments:**
@@ -170,7 +171,9 @@ class LevenbergMarquardt(DampingRule):
         - `period`: how many steps between adjustments.
         - `lower`, `upper`: thresholds of the reduction ratio. The defaults are those of the paper.
         - `minimum`, `maximum`: bounds for λ. [loss/param²]
-        - `exact_model`: whether to predict with the exact curvature also where nothing else asks for it.
+        - `exact_model`: with which exact curvature to predict where no coefficient is chosen by a quadratic model:
+            [`kfax.ExactGGN`][]`()`, [`kfax.ExactFisher`][]`()` or [`kfax.EmpiricalFisher`][]`()`. With the estimator's,
+            if not given.
         - `includes_damping`: whether M includes λ‖δ‖²/2, as in the source.
 
         **Raises:** `ValueError` for values out of their range.
@@ -188,7 +191,7 @@ class LevenbergMarquardt(DampingRule):
             if not is_traced(bounds) and bounds[0] > bounds[1]:
                 raise ValueError(f"`{smaller}` of `LevenbergMarquardt` must not be above `{larger}`: {bounds}.")
         self.period = period
-        self.exact_model = exact_model
+        self.exact_model = None if exact_model is None else check_deterministic("exact_model", exact_model)
         self.includes_damping = includes_damping
 
     def init(self) -> Scalar:

@@ -7,7 +7,7 @@ from jaxtyping import ArrayLike
 
 from ._layers import to_matrices
 from ._scalars import nonnegative
-from ._tree import dot
+from ._tree import distinct, dot
 from ._types import Model, Parameters, PyTree, Scalar, Where
 
 
@@ -39,8 +39,10 @@ class L2(eqx.Module):
         """Which leaves of the parameters are regularized."""
         if self.where is None:
             return jax.tree.map(lambda _: True, parameters)
+        model = distinct(model)
         chosen = {id(leaf) for leaf in jax.tree.leaves(self.where(model)) if eqx.is_array(leaf)}
-        mask = jax.tree.map(lambda leaf: id(leaf) in chosen, parameters)
+        is_trained = jax.tree.map(lambda leaf: leaf is not None, parameters, is_leaf=lambda leaf: leaf is None)
+        mask = jax.tree.map(lambda leaf: id(leaf) in chosen, eqx.filter(model, is_trained))
         if not chosen <= {id(leaf) for leaf in jax.tree.leaves(model)} or not any(jax.tree.leaves(mask)):
             raise ValueError(
                 "`where` of `kfax.L2` must return nodes of the model, as in `where=lambda model: "

@@ -69,7 +69,8 @@ def evaluate(
     if takes_state:
         if model_state is None and names["model_state"].default is inspect.Parameter.empty:
             raise ValueError("`loss_fn` takes a `model_state`, but none was given: pass `model_state=...`.")
-        arguments["model_state"] = model_state
+        # A new object, since Equinox lets each `State` be updated only once, and `loss_fn` may be run several times.
+        arguments["model_state"] = jax.tree.map(lambda leaf: leaf, model_state)
     elif model_state is not None:
         raise ValueError(
             "A `model_state` was given, but `loss_fn` has no parameter of this name. Write it as "

@@ -127,8 +127,7 @@ class _Link(eqx.Module):
         preconditioner = self._take_in(problem, state, source_key, is_good)
         number = rule_of(self.damping).value(rule_of(self.damping).init(), step)
         _, damping = self.preconditioner.dampings(self.damping, number, preconditioner, parameters, step)
-        refreshed, _ = self.preconditioner.maybe_refresh(preconditioner, parameters, damping, step)
-        preconditioner = select(is_good, refreshed, preconditioner)
+        preconditioner, _ = self.preconditioner.maybe_refresh(preconditioner, parameters, damping, step)
         solved = self.preconditioner.apply(preconditioner, gradient, damping)
         if self.bound is not None:
             bound = scheduled("norm_constraint", self.bound, step) if callable(self.bound) else self.bound
@@ -141,7 +140,7 @@ class _Link(eqx.Module):
         preconditioner, estimator = self.preconditioner, self.preconditioner.estimator
         due = preconditioner.wants_curvature(state.preconditioner, state.step)
         if preconditioner.batch is not None:
-            problem = problem_with(problem, preconditioner.batch(problem.batch, state.step))
+            problem = problem_with(problem, preconditioner.part_of(problem.batch, state.step))
 
         def fold():
             measured = estimator.measure(estimator.linearize(problem), key)

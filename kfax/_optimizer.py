@@ -10,9 +10,8 @@ from jaxtyping import Array, ArrayLike, Bool
 
 from ._attempt import Coefficient, Given, Rules
 from ._capture import linearize, Problem
-from ._check import check
 from ._damping import DampingRule, own_damping, RelativeDamping
-from ._estimators import CurvatureEstimator, ImplicitExactCurvature
+from ._estimators import CurvatureEstimator, ExplicitExactCurvature, ImplicitExactCurvature
 from ._l2 import L2
 from ._objective import split_key
 from ._preconditioner import check_period, Preconditioner
@@ -82,8 +81,8 @@ class Optimizer(eqx.Module):
         - `preconditioner`: which curvature is inverted, and how often; [`kfax.Preconditioner`][]`()` if not given.
         - `micro_batches`: in how many equal parts a batch is run, one after the other, to save memory. Examples are
             expected on axis 0 of all arrays of the batch. Parts of it that preconditioner or quadratic model are told
-            to use are run whole. The step is the same, except where examples see each other (batch normalization) and
-            for random numbers.
+            to use are run whole. The step is the same, except where examples see each other (batch normalization), for
+            random numbers and, with masks and `mean_over_positions`, for how much each part counts in A.
         - `rejection`: when to undo a step, [`kfax.Rejection`][]`()`; never, if not given.
         - `report_layers`: whether `StepInfo` has the norms of single layers.
         - `frozen`: what is not trained: a function of the model that returns nodes of it, as in [`kfax.tag`][].
@@ -112,7 +111,18 @@ class Optimizer(eqx.Module):
                 "`kfax.RelativeDamping` needs the diagonal of the curvature, which `kfax.ImplicitExactCurvature` has "
                 "not. Give λ itself, or use `kfax.BlockDiagonalCurvature`."
             )
+        if isinstance(preconditioner.estimator, ImplicitExactCurvature) and micro_batches != 1:
+            raise ValueError(
+                "`kfax.ImplicitExactCurvature` needs its batch whole: `micro_batches` must be 1. For other estimators "
+                "the batch is run in parts."
+            )
         self.l2 = l2 if isinstance(l2, L2) else L2(l2)
+        if isinstance(preconditioner.estimator, ExplicitExactCurvature) and preconditioner.exponent != -1:
+            if self.l2.where is not None:
+                raise ValueError(
+                    "A power of `kfax.ExplicitExactCurvature` has one damping for all parameters: give `l2` a number, "
+                    "or the preconditioner an `exponent` of -1."
+                )
         self.preconditioner = preconditioner
         self.rejection = rejection
         self.micro_batches = micro_batches
@@ -128,8 +138,9 @@ class Optimizer(eqx.Module):
         """**Arguments:**
 
         - `model`: the tagged model.
-        - `batch`: as for `step`. Used only to check model and `loss_fn` by [`kfax.check`][], which takes values: inside
-            `jit` and the like there is no such check.
+        - `batch`: as for `step`. Used only to check model and `loss_fn`, by [`kfax.check`][] (of which an exact
+            estimator needs only that loss and gradient are finite). That takes values: inside `jit` and the like there
+            is no such check.
         - `key`, `model_state`: for `loss_fn`, if it takes them.
 
         **Returns:** the state for the first step.
@@ -139,15 +150,7 @@ class Optimizer(eqx.Module):
         parameters, _ = split_parameters(model, self.frozen)
         self.l2.mask(model, parameters)
         if not is_traced((model, batch, key, model_state)):
-            check(
-                self.loss_fn,
-                model,
-                batch,
-                key=key,
-                model_state=model_state,
-                example_axis=self.estimator.example_axis,
-                frozen=self.frozen,
-            )
+            self.estimator.check(Problem(self.loss_fn, model, batch, key, model_state, self.frozen))
         return OptimizerState(
             step=jnp.zeros((), jnp.int32),
             damping=jnp.array(self._rules.rule.init()),  # a copy, so that the state may be donated
@@ -248,7 +251,7 @@ class Optimizer(eqx.Module):
             number, direction, count = carry
             start = eqx.tree_at(lambda s: s.damping, fresh, number)
             attempt = self._rules.attempt(present, start, Given(), is_measured=True)
-            new = self._rules.adjusted(attempt, True, undone=~jnp.isfinite(attempt.after))
+            new = self._rules.adjusted(number, attempt, True, undone=~jnp.isfinite(attempt.after))
             towards = jnp.sign(new - number)
             turned = towards * direction < 0
             return jnp.where(turned, jnp.maximum(number, new), new), jnp.where(turned, 0, towards), count + 1
@@ -309,7 +312,7 @@ class Optimizer(eqx.Module):
             present, measured = observe(*arguments, estimator.linearize, measure, start)
         else:
             present, _ = observe(*arguments, linearize, lambda linearization, key, measured: None, None)
-            part = problem_with(problem, self.preconditioner.batch(problem.batch, state.step))
+            part = problem_with(problem, self.preconditioner.part_of(problem.batch, state.step))
             new = lambda: estimator.measure(estimator.linearize(part), key)  # noqa: E731
             measured = cond(for_anyone, new, lambda: estimator.nothing(curvature))
         fold = lambda: self.preconditioner.fold(state.preconditioner, measured, present.is_good & due)  # noqa: E731

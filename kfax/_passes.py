@@ -18,10 +18,10 @@ from ._types import ArrayTree, Counter, Parameters, PRNGKey, Scalar
 
 
 class Fraction(eqx.Module):
-    """A part of a batch: a slice of its examples, a different one at each step, until all had their turn.
+    """A part of a batch: a slice of its examples, a different one each time it is used, until all had their turn.
 
     Examples are expected on axis 0 of all arrays of the batch. Where they are elsewhere, give a function
-    `(batch, step) -> batch` of your own instead.
+    `(batch, count) -> batch` of your own instead.
 
     **Fields:**
 
@@ -34,11 +34,11 @@ class Fraction(eqx.Module):
         if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share <= 1:
             raise ValueError(f"`share` of `kfax.Fraction` must be a number in (0, 1], got {self.share!r}.")
 
-    def __call__(self, batch: Any, step: Counter) -> Any:
+    def __call__(self, batch: Any, count: Counter) -> Any:
         """**Arguments:**
 
         - `batch`: a PyTree of arrays.
-        - `step`: the number of the step.
+        - `count`: how often a part was taken before.
 
         **Returns:** the same PyTree with fewer examples.
 
@@ -46,7 +46,7 @@ class Fraction(eqx.Module):
         """
         total = _num_examples(batch, "`kfax.Fraction`")
         number = max(math.floor(total * self.share + 0.5), 1)
-        start = jnp.minimum(step % -(-total // number) * number, total - number)
+        start = jnp.minimum(count % -(-total // number) * number, total - number)
 
         def part(leaf):
             return jax.lax.dynamic_slice_in_dim(leaf, start, number) if eqx.is_array(leaf) else leaf
@@ -178,11 +178,16 @@ def gram_of(
 def _weight(losses: tuple[Loss, ...], number: int) -> Scalar:
     """How much a part of a batch counts."""
     first, *others = (loss.weighting for loss in losses)
-    if number > 1 and any(w.weights is not first.weights or w.mask is not first.mask for w in others):
+
+    def is_like_first(weighting):
+        same = weighting.weights is first.weights and weighting.mask is first.mask
+        return same and (weighting.positions is None) == (first.positions is None)
+
+    if number > 1 and not all(map(is_like_first, others)):
         raise ValueError(
-            "With `micro_batches` several losses must have the same `weights` and `mask` (the very same arrays): each "
-            "is a mean over the whole batch, in which a part counts as much as its weights, and so differently for "
-            "each loss. Run the batch whole, or make them one loss."
+            "With `micro_batches` several losses must have the same `weights` and `mask` (the very same arrays), and "
+            "the same `mean_over_positions`: each is a mean over the whole batch, in which a part counts as much as "
+            "its weights, and so differently for each loss. Run the batch whole, or make them one loss."
         )
     return total_weight(losses)
 

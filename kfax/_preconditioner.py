@@ -79,8 +79,9 @@ class Preconditioner(eqx.Module):
         - `inverse_update_period`: how many steps between refreshes of the inverse, the costly part; or
             [`kfax.Staggered`][]`(period)` to spread them over the steps.
         - `curvature_update_period`: how many steps between updates of the statistics.
-        - `batch`: `(batch, step) -> batch`, the part of each batch that statistics are taken of, such as
-            [`kfax.Fraction`][]`(1 / 8)`. It is run through the model apart from the rest. All of it, if not given.
+        - `batch`: `(batch, count) -> batch`, the part of each batch that statistics are taken of, such as
+            [`kfax.Fraction`][]`(1 / 8)`, given how many updates of the statistics there were. It is run through the
+            model apart from the rest. All of it, if not given.
         - `damping`: of the preconditioner, if it is not to be that of the optimizer: a number, a schedule, or a
             [`kfax.DampingMultiple`][] of it. [loss/param²]
         - `exponent`: at least -1, the inverse, and below 0. Any but -1, such as -1/2, is taken in an eigenbasis, with
@@ -97,7 +98,7 @@ class Preconditioner(eqx.Module):
         check_period("curvature_update_period", curvature_update_period)
         if not (batch is None or callable(batch)):
             raise ValueError(
-                f"`batch` must be a function of batch and step, such as `kfax.Fraction(1 / 8)`, got {batch!r}."
+                f"`batch` must be a function of batch and count, such as `kfax.Fraction(1 / 8)`, got {batch!r}."
             )
         if isinstance(inverse_update_period, Staggered):
             if not isinstance(estimator, BlockDiagonalCurvature) or exponent != -1:
@@ -136,7 +137,8 @@ class Preconditioner(eqx.Module):
         """λ, where a rule says a number; and that of the preconditioner."""
         if isinstance(damping, RelativeDamping):
             # Of a matrix that may be indefinite, how large it is.
-            diagonal = self.estimator.diagonal(state.curvature, parameters)
+            wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), parameters)
+            diagonal = self.estimator.diagonal(state.curvature, wide)
             number = number * mean(jax.tree.map(jnp.abs, diagonal))
         return number, self.damping.value(number, step)
 
@@ -144,6 +146,10 @@ class Preconditioner(eqx.Module):
         """Whether this step is to measure the curvature: in its turn, and if nothing is known yet."""
         due = is_due(step, self.curvature_update_period)
         return True if due is True else due | (self.estimator.weight(state.curvature) == 0)
+
+    def part_of(self, batch: Any, step: Counter) -> Any:
+        """What statistics are taken of."""
+        return batch if self.batch is None else self.batch(batch, step // self.curvature_update_period)
 
     def fold(
         self, state: PreconditionerState, measured: Any, is_wanted: Bool[Array, ""]
@@ -172,7 +178,7 @@ class Preconditioner(eqx.Module):
             refreshed = self.refresh(state, parameters, damping)
             return refreshed if due is True else select(due | state.is_stale, refreshed, kept)
 
-        return cond(due is True or due | anywhere(state.is_stale), refresh, lambda: kept)
+        return cond(due is True or anywhere(due | state.is_stale), refresh, lambda: kept)
 
     def _next_refresh(
         self,

@@ -19,6 +19,7 @@ def full_batch(
     *,
     l2: ArrayLike | L2 = 0.0,
     estimator: CurvatureEstimator | None = None,
+    quadratic_model: QuadraticModel | None = None,
     frozen: Where | None = None,
 ) -> Optimizer:
     """An optimizer for batches that are the data set, or a large part of it: nothing to tune.
@@ -39,10 +40,12 @@ def full_batch(
 
     - `estimator`: of the curvature; `kfax.BlockDiagonalCurvature(decay=0.5)` if not given. Since λ is relative, not
         [`kfax.ImplicitExactCurvature`][].
+    - `quadratic_model`: which chooses learning rate and momentum; [`kfax.QuadraticModel`][]`()` if not given. For
+        losses without a generalized Gauss-Newton matrix give both estimator and model another source.
 
     **Returns:** a [`kfax.Optimizer`][].
     """
-    auto = QuadraticModel()
+    auto = QuadraticModel() if quadratic_model is None else quadratic_model
     estimator = BlockDiagonalCurvature(decay=0.5) if estimator is None else estimator
     return Optimizer(
         loss_fn,

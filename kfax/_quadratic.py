@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._sources import CurvatureSource, EmpiricalFisher, ExactFisher, ExactGGN
+from ._sources import check_deterministic, CurvatureSource, ExactGGN
 from ._types import Scalar
 
 
@@ -33,21 +33,16 @@ class QuadraticModel(eqx.Module):
 
         - `source`: which matrix C is: [`kfax.ExactGGN`][]`()`; or [`kfax.ExactFisher`][]`()` for losses without a
             generalized Gauss-Newton matrix, such as [`kfax.gaussian_nll`][]; or [`kfax.EmpiricalFisher`][]`()`.
-        - `batch`: `(batch, step) -> batch`, the part of each batch on which C is taken, [`kfax.Fraction`][]`(1 / 4)`
+        - `batch`: `(batch, count) -> batch`, the part of each batch on which C is taken, [`kfax.Fraction`][]`(1 / 4)`
             for instance, as in the source. All of it, if not given.
 
         **Raises:** `ValueError` for something else, or a source that draws random numbers.
         """
-        if not isinstance(source, ExactGGN | ExactFisher | EmpiricalFisher):
-            raise ValueError(
-                "`source` of `kfax.QuadraticModel` must be `kfax.ExactGGN()`, `kfax.ExactFisher()` or "
-                f"`kfax.EmpiricalFisher()`, got {source!r}."
-            )
         if not (batch is None or callable(batch)):
             raise ValueError(
-                f"`batch` must be a function of batch and step, such as `kfax.Fraction(1 / 4)`, got {batch!r}."
+                f"`batch` must be a function of batch and count, such as `kfax.Fraction(1 / 4)`, got {batch!r}."
             )
-        self.source = source
+        self.source = check_deterministic("source", source)
         self.batch = batch
 
 

@@ -29,6 +29,7 @@ from ._layers import (
     unlisted,
 )
 from ._operations import Transposed
+from ._tree import distinct
 from ._types import Model, Parameters, PyTree, Where
 
 
@@ -175,6 +176,7 @@ def set_block(model: Model, where: Where | str, block: Block | Mapping[str, Bloc
 
     **Raises:** `ValueError` if there is no tagged layer there.
     """
+    model = distinct(model)
     layers = tagged_layers(model)
     if not isinstance(block, Block | Mapping):
         raise ValueError(f"`block` of `kfax.set_block` must be a block, such as `kfax.Diagonal()`, got {block!r}.")
@@ -269,6 +271,7 @@ def trainable(model: Model, frozen: Where | None) -> PyTree:
     """Which leaves of a model are to be trained: all real floating-point arrays but those in `frozen(model)`."""
     excluded = set()
     if frozen is not None:
+        model = distinct(model)
         if not callable(frozen):
             raise ValueError(
                 "`frozen` must be a function of the model, as in `frozen=lambda model: model.layers[0]`, got "

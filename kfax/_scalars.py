@@ -38,10 +38,11 @@ def positive(name: str, value: Any) -> Scalar:
     """A scalar array, checked to be positive if its value can be known."""
     array = scalar(name, value)
     if not is_traced(array) and not float(array) > 0:
-        raise ValueError(
-            f"`{name}` must be positive, got {value}. Damping keeps the inverse of a singular curvature finite; for "
-            "as little as is safe in float32 try 1e-8 times the largest curvature."
+        advice = (
+            " Damping keeps the inverse of a singular curvature finite; for as little as is safe in float32 try 1e-8 "
+            "times the largest curvature."
         )
+        raise ValueError(f"`{name}` must be positive, got {value}.{advice if name in ('damping', 'initial') else ''}")
     return array
 
 

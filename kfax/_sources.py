@@ -253,6 +253,15 @@ class EmpiricalFisher(CotangentSource):
         return tuple(loss.weigh(loss.gradient()) for loss in losses)
 
 
+def check_deterministic(name: str, source: CurvatureSource) -> CurvatureSource:
+    if not isinstance(source, ExactGGN | ExactFisher | EmpiricalFisher):
+        raise ValueError(
+            f"`{name}` of a quadratic model must be `kfax.ExactGGN()`, `kfax.ExactFisher()` or "
+            f"`kfax.EmpiricalFisher()`, got {source!r}."
+        )
+    return source
+
+
 def _in_turn(losses: tuple[Loss, ...], factor: Callable) -> tuple[Loss, ...]:
     """The losses, each made to wait for the factor of the one before, which may have called LAPACK: see `after`.
 

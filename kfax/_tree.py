@@ -52,6 +52,19 @@ def select(predicate: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
     return eqx.combine(jax.tree.map(lambda a, b: jnp.where(predicate, a, b), arrays, others), rest)
 
 
+def distinct(tree: PyTree) -> PyTree:
+    """The same PyTree, made anew, in which no two places hold the same object: to tell places apart by identity."""
+    seen = set()
+
+    def own(leaf):
+        if not eqx.is_inexact_array(leaf) or id(leaf) not in seen:
+            seen.add(id(leaf))
+            return leaf
+        return jnp.array(leaf)
+
+    return jax.tree.map(own, tree)
+
+
 def all_finite(x: PyTree) -> Bool[Array, ""]:
     """Whether there is neither NaN nor infinity in any floating-point array of `x`."""
     flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(eqx.filter(x, eqx.is_inexact_array))]

@@ -18,6 +18,56 @@ def test_clean_models_pass(model, loss):
     kfax.check(case.loss_fn, case.model, case.batch, example_axis="batch")
 
 
+def test_a_gradient_that_only_the_loss_spoils_is_found():
+    case = make_case("mlp", "squared")
+    zero = jax.tree.map(lambda x: 0 * x if eqx.is_inexact_array(x) else x, case.model)
+
+    def loss_fn(model, batch):
+        return kfax.function_loss(lambda f: jnp.sqrt(jnp.sum(f**2)), jax.vmap(model)(batch[0]))
+
+    with pytest.raises(ValueError, match=r"The loss is finite, but its gradient .* is not"):
+        kfax.check(loss_fn, zero, case.batch)
+
+
+def test_modules_that_are_undefined_for_absolute_values_pass():
+    class Root(eqx.Module):
+        scale: jax.Array
+
+        def __call__(self, x):
+            return self.scale * jnp.sqrt(1 - x)
+
+    root = kfax.TaggedModule(Root(jnp.linspace(0.5, 1.5, 8)), block=kfax.Diagonal())
+    x = -3 * jax.random.uniform(jax.random.key(0), (6, 8), jnp.float32) - 1
+
+    def loss_fn(model, batch):
+        return kfax.squared_error(jax.vmap(model)(batch), jnp.zeros_like(batch))
+
+    kfax.check(loss_fn, jax.tree.map(lambda p: p.astype(jnp.float32), root), x)
+
+
+@pytest.mark.parametrize("estimator", [kfax.ExplicitExactCurvature(), kfax.ImplicitExactCurvature()])
+def test_exact_estimators_take_losses_that_differentiate_the_model(estimator):
+    """They observe no layer, so that `init` does not either."""
+    case = make_case("mlp", "squared")
+
+    def loss_fn(model, batch):
+        slopes = jax.vmap(jax.jacrev(model))(batch[0])
+        return kfax.squared_error(slopes[:, :, 0], jnp.zeros_like(slopes[:, :, 0]))
+
+    def make(preconditioner=None):
+        return kfax.Optimizer(loss_fn, learning_rate=0.1, momentum=0.0, damping=1.0, preconditioner=preconditioner)
+
+    optimizer = make(kfax.Preconditioner(estimator))
+    state = optimizer.init(case.model, case.batch)
+    _, _, info = eqx.filter_jit(optimizer.step)(case.model, state, case.batch)
+    assert info.result == kfax.StepResult.successful
+    with pytest.raises(ValueError, match="`loss_fn` differentiates the layer"):
+        make().init(case.model, case.batch)
+    bad = (case.x * jnp.nan, case.y)
+    with pytest.raises(ValueError, match=r"The loss is nan .*`batch\[0\]`"):
+        optimizer.init(case.model, bad)
+
+
 class Pair(eqx.Module):
     first: eqx.nn.Linear
     second: eqx.nn.Linear

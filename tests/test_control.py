@@ -1,5 +1,7 @@
 """What a user decides: blocks by path or function, frozen parts, sizes of factors, masks; and modules of any kind."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -293,7 +295,58 @@ def test_masked_wants_one_boolean():
         update(model, loss_fn, jnp.ones((4, 2)))
 
 
+@pytest.mark.parametrize("run", [lambda f: f(), lambda f: eqx.filter_jit(f)()], ids=["eager", "jit"])
+def test_places_are_told_apart_though_they_hold_one_array(run):
+    """As a target network begins as the network itself: identity of arrays says nothing about places."""
+    net = eqx.nn.MLP(3, 2, 4, 1, key=KEYS[0])
+    target = lambda model: model["target"]  # noqa: E731
+    model = kfax.tag({"online": net, "target": net}, frozen=target)
+    parameters = run(lambda: kfax.parameters_of(model, frozen=target))
+    assert jax.tree.leaves(parameters["target"]) == []
+    assert len(jax.tree.leaves(parameters["online"])) == 4
+    regularized = kfax.L2(0.5, lambda model: model["online"])
+    everything = kfax.parameters_of(model)
+    mask = run(lambda: regularized.mask(model, everything))
+    assert all(jax.tree.leaves(mask["online"])) and not any(jax.tree.leaves(mask["target"]))
+    layer = kfax.TaggedLinear(eqx.nn.Linear(2, 2, key=KEYS[1]))
+    twice = kfax.set_block({"first": layer, "second": layer}, lambda model: model["second"], kfax.Full())
+    assert [row.block for row in kfax.coverage(twice).rows] == ["KroneckerFactored(Expand())", "Full()"]
+
+
 # -- any module --
+
+
+class Query(eqx.Module):
+    """A learned vector: called without inputs."""
+
+    value: jax.Array
+
+    def __call__(self):
+        return self.value
+
+
+def test_a_module_without_inputs():
+    class Attending(eqx.Module):
+        query: Any
+        head: eqx.nn.Linear
+
+        def __call__(self, x):
+            return self.head(jnp.tanh(self.query() * x))
+
+    query = kfax.TaggedModule(Query(jnp.linspace(0.5, 1.5, 3)), block=kfax.Full())
+    model = kfax.tag(Attending(query, eqx.nn.Linear(3, 2, key=KEYS[0])))
+    x, y = jax.random.normal(KEYS[1], (5, 3)), jax.random.normal(KEYS[2], (5, 2))
+
+    def loss_fn(model, batch):
+        # The query is under no mapped axis unless it is named.
+        return kfax.squared_error(jax.vmap(model, axis_name="batch")(batch[0]), batch[1])
+
+    kfax.check(loss_fn, model, (x, y), example_axis="batch")
+    estimator = kfax.BlockDiagonalCurvature(kfax.ExactGGN(), example_axis="batch")
+    state = eqx.filter_jit(estimator.update)(estimator.init(model), loss_fn, model, (x, y))
+    jacobians = jax.vmap(lambda x: jax.jacrev(lambda q: model.head.layer(jnp.tanh(q * x)))(query.layer.value))(x)
+    expected = 2 * jnp.einsum("nki,nkj->ij", jacobians, jacobians) / 5
+    assert_close(estimator.to_dense(state, kfax.parameters_of(model))[:3, :3], expected)
 
 
 class Quirk(eqx.Module):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cases import make_case
-from helpers import mlp
+from helpers import assert_close, mlp
 
 import kfax
 
@@ -144,6 +144,29 @@ def test_5_damping_that_is_not_positive(case, damping):
     state = optimizer(case.loss_fn).init(case.model, case.batch)
     with pytest.raises(ValueError, match="`damping` must be positive, got"):
         optimizer(case.loss_fn).step(case.model, state, case.batch, key=jax.random.key(0), damping=damping)
+
+
+def test_other_numbers_that_are_not_positive_get_no_advice_about_damping():
+    for make in (lambda: kfax.NormConstraint(0.1, 0.0), lambda: kfax.DampingMultiple(0.0)):
+        with pytest.raises(ValueError, match=r"must be positive, got 0.0\.$"):
+            make()
+
+
+def test_a_loss_is_multiplied_by_one_number_that_is_not_negative(case):
+    loss = case.loss_fn(case.model, case.batch)
+    assert (jnp.asarray(2.0) * loss).value() == 2 * loss.value() == (loss * 2).value()
+    assert_close(eqx.filter_jit(lambda c: (c * loss).value())(0.5), 0.5 * loss.value())
+    with pytest.raises(ValueError, match="not negative, got -1.0: .* `kfax.Penalty`"):
+        (lambda: -1 * loss)()
+    with pytest.raises(ValueError, match=r"not by an array of shape \(3,\): .*`weights=`"):
+        (lambda: jnp.ones(3) * loss)()
+
+
+def test_a_power_of_the_dense_matrix_has_one_damping(case):
+    power = kfax.Preconditioner(kfax.ExplicitExactCurvature(), exponent=-0.5)
+    l2 = kfax.L2(0.1, lambda model: model.layers[0].weight)
+    with pytest.raises(ValueError, match="give `l2` a number"):
+        optimizer(case.loss_fn, preconditioner=power, l2=l2)
 
 
 def test_6_targets_that_are_nan():

@@ -98,3 +98,34 @@ def test_mistakes():
     plain = kfax.untag(gradients)
     with pytest.raises(ValueError, match="is one of the two not tagged"):
         link.update(plain, link.init(gradients), model=case.model, batch=case.batch)
+
+
+@pytest.mark.parametrize("period", [4, kfax.Staggered(4)], ids=["period", "staggered"])
+def test_a_first_gradient_that_is_not_finite_costs_one_step(period):
+    """The inverses are then due at the next step, and not only in their turn."""
+    case = make_case("mlp", "softmax")
+    preconditioner = kfax.Preconditioner(EXACT, inverse_update_period=period)
+    optim = kfax.scale_by_curvature(case.loss_fn, damping=0.1, preconditioner=preconditioner)
+    gradient = eqx.filter_grad(lambda model: case.loss_fn(model, case.batch).value())(case.model)
+    update = eqx.filter_jit(lambda g, state: optim.update(g, state, model=case.model, batch=case.batch))
+    updates, state = update(jax.tree.map(lambda g: g * jnp.nan, gradient), optim.init(parameters(case.model)))
+    assert all(not jnp.any(leaf) for leaf in jax.tree.leaves(updates))
+    updates, _ = update(gradient, state)
+    assert all(jnp.any(leaf) for leaf in jax.tree.leaves(updates))
+
+
+def test_an_ensemble_refreshes_only_when_due():
+    """Though optax maps the counter as well."""
+    case = make_case("mlp", "softmax")
+    optim = kfax.scale_by_curvature(case.loss_fn, damping=0.1, preconditioner=kfax.Preconditioner(EXACT))
+    models = jax.tree.map(lambda x: jnp.stack([x, 2 * x]) if eqx.is_inexact_array(x) else x, case.model)
+    states = eqx.filter_vmap(lambda model: optim.init(parameters(model)))(models)
+
+    @eqx.filter_vmap
+    def update(model, state):
+        return optim.update(parameters(model), state, model=model, batch=case.batch)
+
+    dynamic, static = eqx.partition((models, states), eqx.is_array)
+    program = jax.make_jaxpr(lambda d: eqx.filter(update(*eqx.combine(d, static)), eqx.is_array))(dynamic)
+    assert "cholesky" in str(program)
+    assert not any("cholesky" in str(equation) for equation in program.eqns if equation.primitive.name != "cond")

@@ -104,11 +104,49 @@ def test_what_cannot_be_split():
             eqx.filter_eval_shape(optimizer.step, case.model, state, batch)
     with pytest.raises(ValueError, match=r"`micro_batches` must be a whole number, at least 1, got 0"):
         adaptive(case.loss_fn, micro_batches=0)
+    mask = jnp.arange(6) > 0
+
+    def averaged(model, batch):
+        outputs = jax.vmap(model)(batch[0])
+        means = (True, False)
+        return [kfax.squared_error(outputs, batch[1], mask=mask[: len(outputs)], mean_over_positions=m) for m in means]
+
+    with pytest.raises(ValueError, match="and the same `mean_over_positions`"):
+        eqx.filter_eval_shape(adaptive(averaged, micro_batches=3).step, case.model, state, case.batch)
     implicit = kfax.Preconditioner(kfax.ImplicitExactCurvature())
-    optimizer = adaptive(case.loss_fn, micro_batches=2, preconditioner=implicit)
-    state = eqx.filter_jit(optimizer.init)(case.model, case.batch)
-    with pytest.raises(ValueError, match="`ImplicitExactCurvature` holds its batch itself"):
-        eqx.filter_jit(optimizer.step)(case.model, state, case.batch)
+    with pytest.raises(ValueError, match="`micro_batches` must be 1"):
+        adaptive(case.loss_fn, micro_batches=2, preconditioner=implicit)
+
+
+def test_parts_of_batches_take_turns_at_every_period():
+    """With statistics at every other step the parts are those of the updates, or half of them would never be seen."""
+    case = make_case(mlp(jax.random.key(0), (8, 3)), "squared", num_examples=12)
+    batch = (jnp.eye(12)[:, :8] * 0 + jnp.arange(12.0)[:, None], case.y)
+    preconditioner = kfax.Preconditioner(EXACT, curvature_update_period=2, batch=kfax.Fraction(1 / 4))
+    optimizer = kfax.Optimizer(
+        case.loss_fn, learning_rate=0.0, momentum=0.0, damping=1.0, preconditioner=preconditioner
+    )
+    _, state, _ = train(optimizer, case.model, [batch] * 8)
+    [factors] = state.curvature.average.value.values()
+    # Of four parts with a decay of 0.95, each once: the second moment of input 0.
+    means = jnp.mean(jnp.arange(12.0).reshape(4, 3) ** 2, axis=1)
+    weights = EXACT.decay ** jnp.arange(3, -1, -1)
+    assert_close(factors.a[0, 0], jnp.sum(weights * means) / jnp.sum(weights))
+
+
+def test_a_state_of_equinox_may_be_updated_outside_of_vmap():
+    """Equinox invalidates a `State` when it is updated, and `loss_fn` is traced several times."""
+    index = eqx.nn.StateIndex(jnp.zeros(()))
+    case = make_case(mlp(jax.random.key(0), (8, 3)), "squared", num_examples=6)
+    state = eqx.nn.State({"index": index})
+
+    def loss_fn(model, batch, model_state):
+        return case.loss_fn(model, batch), model_state.set(index, model_state.get(index) + 1)
+
+    for micro_batches in (1, 3):
+        optimizer = adaptive(loss_fn, micro_batches=micro_batches)
+        _, _, infos = train(optimizer, case.model, [case.batch] * 2, model_state=state)
+        assert infos[-1].model_state.get(index) == 2 * micro_batches
 
 
 def test_a_batch_may_grow():

@@ -257,10 +257,33 @@ def test_statistics_once_in_a_while_in_low_precision(dtype):
     assert history[2][3].loss < history[0][3].loss
 
 
+class Annealed(kfax.DampingRule):
+    """A rule of one's own, whose λ is not what it stores."""
+
+    def init(self):
+        return jnp.asarray(2.0)
+
+    def value(self, stored, step):
+        return stored * 0.9**step
+
+    def wants_ratio(self, step):
+        return False
+
+    def update(self, damping, ratio):
+        return damping
+
+
+def test_a_damping_rule_of_ones_own_keeps_what_it_stores():
+    case = make_case("mlp", "softmax")
+    history = train(make(case.loss_fn, kfax.Preconditioner(EXACT), damping=Annealed()), case.model, [case.batch] * 4)
+    assert_close(jnp.stack([row[3].damping for row in history]), 2.0 * 0.9 ** jnp.arange(4))
+    assert all(row[2].damping == 2.0 for row in history)
+
+
 def test_levenberg_marquardt_may_ask_for_the_exact_model():
     case = make_case("mlp", "softmax")
     infos = []
-    for exact in (False, True):
+    for exact in (None, kfax.ExactGGN()):
         rule = kfax.LevenbergMarquardt(0.5, period=2, exact_model=exact)
         history = train(make(case.loss_fn, kfax.Preconditioner(EXACT), damping=rule), case.model, [case.batch] * 2)
         assert jnp.isnan(history[0][3].reduction_ratio)

@@ -47,3 +47,24 @@ def test_the_bound_of_the_stochastic_preset_is_kept():
         _, _, info = eqx.filter_jit(optimizer.step)(case.model, state, case.batch, key=jax.random.key(0))
         rates.append(float(info.learning_rate))
     assert rates[0] < 1e-2 and rates[1] == pytest.approx(0.1)
+
+
+def test_the_full_batch_preset_takes_losses_without_a_ggn():
+    case = make_case("mlp", "squared")
+
+    def loss_fn(model, batch):
+        means = jax.vmap(model)(batch[0])
+        return kfax.gaussian_nll(means, 0.1 * means, batch[1])
+
+    fisher = kfax.CurvaturePropagation(source=kfax.ExactFisher())
+    optimizer = kfax.full_batch(
+        loss_fn,
+        estimator=kfax.BlockDiagonalCurvature(fisher, decay=0.5),
+        quadratic_model=kfax.QuadraticModel(kfax.ExactFisher()),
+    )
+    model, state = case.model, eqx.filter_jit(optimizer.init)(case.model, case.batch)
+    step, seen = eqx.filter_jit(optimizer.step), []
+    for i in range(5):
+        model, state, info = step(model, state, case.batch, key=jax.random.key(i))
+        seen.append(float(info.loss))
+    assert seen == sorted(seen, reverse=True) and seen[-1] < seen[0]

@@ -24,15 +24,16 @@ class CurvatureEstimator(eqx.Module):
     The loss is the mean over a batch's examples, without any regularizer. C is in loss/param². Vectors are PyTrees
     like the parameters, `kfax.parameters_of(model)`: a gradient, for instance. All methods are pure functions: the
     estimator itself holds nothing but its configuration.
-
-    **Fields:**
-
-    - `example_axis`: the name of the axis that enumerates the examples, or `None` for the outermost mapped one.
     """
 
-    example_axis: eqx.AbstractVar[str | None]
-
     # -- taking in batches --
+
+    @abc.abstractmethod
+    def check(self, problem: Problem) -> None:
+        """Checks, on concrete values, that loss and gradient of a batch are finite, and all else the estimate needs.
+
+        **Raises:** `ValueError` that says what is wrong.
+        """
 
     @abc.abstractmethod
     def init(self, model: Model, *, frozen: Where | None = None) -> Any:

@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from .. import _linalg as linalg
 from .._blocks import immovable, Inverse
 from .._capture import Linearization, linearize, Problem, Reading
+from .._check import check_observed
 from .._ema import MovingAverage
 from .._layers import from_matrices, Part, parts, to_matrices
 from .._registry import split_parameters
@@ -86,6 +87,9 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         blocks = {key: part.block.init(part.operation.shape()) for key, part in parts(parameters).items()}
         average = MovingAverage.zeros({key: block.statistics for key, block in blocks.items()})
         return BlockDiagonalState(average, {key: immovable(block.inverse) for key, block in blocks.items()})
+
+    def check(self, problem: Problem) -> None:
+        check_observed(problem, self.example_axis)
 
     def linearize(self, problem: Problem) -> Linearization:
         return linearize(problem, _read_statistics, example_axis=self.example_axis)

@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from .. import _linalg as linalg
 from .._blocks import check_inversion, Cholesky, immovable, Inverse, Inversion, Product
 from .._capture import Linearization, linearize, Problem
+from .._check import check_values
 from .._ema import MovingAverage
 from .._registry import parameters_of
 from .._scalars import within_unit
@@ -87,11 +88,6 @@ class ExplicitExactCurvature(CurvatureEstimator):
         self.inversion = check_inversion(inversion)
         self.max_dim = max_dim
 
-    @property
-    def example_axis(self) -> None:
-        """None is needed."""
-        return None
-
     def init(self, model: Model, *, frozen: Where | None = None) -> ExplicitExactState:
         parameters = parameters_of(model, frozen=frozen)
         flat = jax.eval_shape(lambda: ravel_pytree(parameters)[0])
@@ -108,6 +104,9 @@ class ExplicitExactCurvature(CurvatureEstimator):
         result = (jnp.zeros_like(matrix[0]), eye) if self.inversion.diagonalizes else eye
         inverse = self.inversion.finish(self._product(matrix), jnp.ones(()), (result,))
         return ExplicitExactState(MovingAverage.zeros(matrix), immovable(inverse), layout_of(parameters))
+
+    def check(self, problem: Problem) -> None:
+        check_values(problem)
 
     def linearize(self, problem: Problem) -> Linearization:
         return linearize(problem)

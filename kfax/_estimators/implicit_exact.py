@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .._capture import Cotangents, Linearization, linearize, linearize_outputs, Outputs, Problem
+from .._check import check_values
 from .._registry import parameters_of
 from .._sources import CurvatureSource, ExactGGN
 from .._tree import combine, dot, norm, zeros_like
@@ -98,16 +99,14 @@ class ImplicitExactCurvature(CurvatureEstimator):
         self.preconditioner = preconditioner
         self.solver = solver
 
-    @property
-    def example_axis(self) -> str | None:
-        """That of the preconditioner."""
-        return None if self.preconditioner is None else self.preconditioner.example_axis
-
     # -- taking in batches --
 
     def init(self, model: Model, *, frozen: Where | None = None) -> ImplicitExactState:
         inner = None if self.preconditioner is None else self.preconditioner.init(model, frozen=frozen)
         return ImplicitExactState(None, None, zeros_like(wide(parameters_of(model, frozen=frozen))), inner)
+
+    def check(self, problem: Problem) -> None:
+        check_values(problem) if self.preconditioner is None else self.preconditioner.check(problem)
 
     def linearize(self, problem: Problem) -> Linearization:
         return linearize(problem) if self.preconditioner is None else self.preconditioner.linearize(problem)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from equinox import AbstractVar
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from .._tree import is_traced
 from .._types import PRNGKey, Scalar
 
 
@@ -24,13 +25,14 @@ class Weighting(eqx.Module):
     - `weights`: w, `(n,)`, or `None` for equal weights.
     - `mask`: m, over examples and positions, or `None` if all count.
     - `scale`: c, in the dtype of the value.
-    - `positions`: R, 1 to sum over positions; their (weighted) mean number in an example to average over them.
+    - `positions`: R, `None` to sum over positions (R = 1); their (weighted) mean number in an example to average over
+        them.
     """
 
     weights: Float[Array, " n"] | None = None
     mask: Bool[Array, "n ..."] | None = None
     scale: Scalar = eqx.field(default_factory=lambda: jnp.ones(()))
-    positions: Scalar = eqx.field(default_factory=lambda: jnp.ones(()))
+    positions: Scalar | None = None
 
     @property
     def is_weighted(self) -> bool:
@@ -47,13 +49,16 @@ class Weighting(eqx.Module):
 
     def total(self, num_examples: int) -> Scalar:
         """The denominator: `R Σ w_n`, over the examples that are not masked throughout."""
-        return self.positions * jnp.sum(self._counting(num_examples))
+        total = jnp.sum(self._counting(num_examples))
+        return total if self.positions is None else self.positions * total
 
     def coefficients(self, shape: tuple[int, ...]) -> Float[Array, "n ..."]:
         """The factor, relative to 1/n, with which each example and position counts; broadcasts against `shape`."""
         weights = self.example_weights(shape[0])
         # Where no position counts, nothing is divided by their number.
-        scale = self.scale / jnp.where(self.positions > 0, self.positions, 1)
+        scale = self.scale
+        if self.positions is not None:
+            scale = scale / jnp.where(self.positions > 0, self.positions, 1)
         coefficients = scale * (jnp.ones(1, self.scale.dtype) if weights is None else weights)
         ndim = len(shape) if self.mask is None else self.mask.ndim
         coefficients = coefficients.reshape(-1, *(1,) * (ndim - 1))
@@ -152,8 +157,18 @@ class Loss(eqx.Module):
         return vector * jnp.sqrt(self.weighting.coefficients(vector.shape)).astype(vector.dtype)
 
     def __mul__(self, other: ArrayLike) -> "Loss":
-        scale = self.weighting.scale
-        return eqx.tree_at(lambda loss: loss.weighting.scale, self, scale * jnp.asarray(other, scale.dtype))
+        scale, factor = self.weighting.scale, jnp.asarray(other)
+        if factor.ndim != 0:
+            raise ValueError(
+                f"A kfax Loss is multiplied by a single number, not by an array of shape {factor.shape}: give weights "
+                "of examples to the function that makes the loss, as `weights=`."
+            )
+        if not is_traced(factor) and not float(factor) >= 0:
+            raise ValueError(
+                f"A kfax Loss is multiplied by numbers that are not negative, got {float(factor)}: its curvature would "
+                "be negative too. Add what is to be maximized as a `kfax.Penalty`, whose curvature is left out."
+            )
+        return eqx.tree_at(lambda loss: loss.weighting.scale, self, scale * factor.astype(scale.dtype))
 
     __rmul__ = __mul__
 
@@ -243,11 +258,11 @@ def make_weighting(
                 f"`mask` of `{name}` must be boolean, True where a position counts, and of shape {positions} or "
                 f"{(num_examples,)}, got {mask.dtype} of shape {mask.shape}."
             )
-    weighting = Weighting(weights, mask, jnp.ones((), dtype), jnp.ones((), dtype))
+    weighting = Weighting(weights, mask, jnp.ones((), dtype))
     if mean_over_positions:
         # The mean is over all positions that count: the sum, divided by their (weighted) mean number in an example.
         counts = jnp.broadcast_to(weighting.coefficients(positions), positions)
-        weighting = eqx.tree_at(lambda w: w.positions, weighting, jnp.sum(counts) / num_examples)
+        weighting = Weighting(weights, mask, weighting.scale, jnp.sum(counts) / num_examples)
     return weighting
 
 

@@ -65,7 +65,8 @@ class Arbitrary(Operation):
 
         def run(parameters):
             arrays = eqx.combine(parameters, context.arrays)
-            return jax.vmap(lambda x: context.function(arrays, x))(x)
+            # Of the cotangents, for there may be no inputs.
+            return jax.vmap(lambda x: context.function(arrays, x), axis_size=len(jax.tree.leaves(dy)[0]))(x)
 
         _, pullback = jax.vjp(run, trained)
         rows = [leaf.reshape(-1) for leaf in jax.tree.leaves(pullback(dy)[0])]

@@ -57,7 +57,7 @@ def check_observed(problem: Problem, example_axis: str | None) -> None:
 
 def check_values(problem: Problem) -> None:
     """Whether loss and gradient are finite."""
-    _report(problem, *eqx.filter_jit(_values)(linearize(problem)), {})
+    _report(problem, *eqx.filter_jit(lambda problem: _values(linearize(problem)))(problem), {})
 
 
 def _report(problem: Problem, value: Array, is_finite: dict[str, Array], gaps: dict[str, Array]) -> None:

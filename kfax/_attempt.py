@@ -39,7 +39,6 @@ class Attempt(eqx.Module):
     - `coefficients`: learning rate and momentum.
     - `preconditioner`: its state, refreshed if that was due.
     - `failed`: whether an inverse failed, or there is none yet.
-    - `number`: what the damping rule said.
     - `is_given`: whether another one was taken.
     - `damping`: λ.
     - `is_measured`: whether the following are known.
@@ -54,7 +53,6 @@ class Attempt(eqx.Module):
     coefficients: tuple[Scalar, Scalar]
     preconditioner: PreconditionerState
     failed: Bool[Array, ""]
-    number: Scalar
     is_given: bool = eqx.field(static=True)
     damping: Scalar
     is_measured: Bool[Array, ""]
@@ -81,7 +79,7 @@ class Rules(eqx.Module):
         self, state: OptimizerState, parameters: Parameters, l2: Scalar | dict[str, Scalar], number: Scalar | None
     ) -> tuple[Scalar, Scalar | dict[str, Scalar]]:
         """λ, from what the rule says or the given number; and what is to be added to the preconditioner's curvature."""
-        number = self._number(state, number)
+        number = self.rule.value(state.damping, state.step) if number is None else number
         damping, own = self.preconditioner.dampings(self.damping, number, state.preconditioner, parameters, state.step)
         return damping, {key: own + eta for key, eta in l2.items()} if isinstance(l2, dict) else own + l2
 
@@ -123,7 +121,6 @@ class Rules(eqx.Module):
             coefficients=coefficients,
             preconditioner=preconditioner,
             failed=failed | _is_stuck(present.gradient, descent),
-            number=self._number(state, None),
             is_given=given.damping is not None,
             damping=damping,
             is_measured=jnp.asarray(wanted),
@@ -140,7 +137,7 @@ class Rules(eqx.Module):
             return stored
         # Where no decrease was predicted the ratio says nothing.
         tells = undone | (wanted & ~(attempt.change >= 0))
-        new = self.rule.update(attempt.number, jnp.where(undone, jnp.nan, attempt.ratio))
+        new = self.rule.update(stored, jnp.where(undone, jnp.nan, attempt.ratio))
         return jnp.where(tells, new, stored)
 
     def conclude(
@@ -196,9 +193,6 @@ class Rules(eqx.Module):
                 aux=present.aux,
             ),
         )
-
-    def _number(self, state: OptimizerState, given: Scalar | None) -> Scalar:
-        return self.rule.value(state.damping, state.step) if given is None else given
 
     def _coefficients(
         self,

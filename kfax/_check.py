@@ -76,11 +76,12 @@ def _report(problem: Problem, value: Array, is_finite: dict[str, Array], gaps: d
         others = f" (and also: {', '.join(f'`{path}`' for path in faults if path != worst)})" if len(faults) > 1 else ""
         raise ValueError(
             f"The gradient of the layer at `{worst}`, rebuilt from the inputs and output cotangents that its tag "
-            f"observed, is off by {100 * faults[worst]:.2g}%{others}. Its weights are also used behind its tag's back: "
-            f"for instance as raw `layer.weight`, or as a rescaled copy. Call the tagged layer wherever its weights "
-            "are used, or wrap the module that uses them in a tagged layer of its own, or freeze the layer with "
-            "`frozen=`. In a tagged layer that you wrote yourself `__call__` may miss an operation, `observe` it with "
-            "another input than its own, or not go on with what `observe` returns."
+            f"observed, is off by {100 * faults[worst]:.3g}%{others}. Its weights are also used behind its tag's back: "
+            "for instance as raw `layer.weight`, as a rescaled copy, by `kfax.untag` inside `loss_fn`, or in calls "
+            "that `kfax.masked` hides but the loss does not. Call the tagged layer wherever its weights are used, or "
+            "wrap the module that uses them in a tagged layer of its own, or freeze it with `frozen=`. In a tagged "
+            "layer that you wrote yourself `__call__` may miss an operation, `observe` it with another input than its "
+            "own, or not go on with what `observe` returns."
         )
 
 

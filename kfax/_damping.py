@@ -14,23 +14,33 @@ from ._types import Counter, Scalar, Schedule
 
 
 class DampingRule(eqx.Module):
-    """Chooses λ at each step. λ is in loss/param²: multiply the loss by c, and λ is to be multiplied by c."""
+    """Chooses λ at each step, from a number that the optimizer's state stores for it.
+
+    λ is in loss/param²: multiply the loss by c, and λ is to be multiplied by c. In a [`kfax.RelativeDamping`][] it is
+    in units of the mean eigenvalue.
+    """
 
     @abc.abstractmethod
     def init(self) -> Scalar:
-        """What `OptimizerState.damping` starts as."""
+        """The number to be stored at first: what `OptimizerState.damping` starts as."""
 
     @abc.abstractmethod
     def value(self, stored: Scalar, step: Counter) -> Scalar:
-        """λ of this step."""
+        """λ > 0 of this step."""
 
     @abc.abstractmethod
     def wants_ratio(self, step: Counter) -> Bool[Array, ""] | bool:
         """Whether the rule is to be told the reduction ratio of this step; `False` if it never is."""
 
     @abc.abstractmethod
-    def update(self, damping: Scalar, ratio: Scalar) -> Scalar:
-        """What to store for the next step, on steps at which the rule wants the ratio; NaN after a step that failed."""
+    def update(self, stored: Scalar, ratio: Scalar) -> Scalar:
+        """The number to be stored after a step whose ratio the rule wants, or that was undone.
+
+        **Arguments:**
+
+        - `stored`: the number before, which `value` was given.
+        - `ratio`: the reduction ratio, or NaN after a step that was undone. A NaN fails every comparison.
+        """
 
 
 class FixedDamping(DampingRule):
@@ -56,9 +66,9 @@ class FixedDamping(DampingRule):
         del step
         return False
 
-    def update(self, damping: Scalar, ratio: Scalar) -> Scalar:
+    def update(self, stored: Scalar, ratio: Scalar) -> Scalar:
         del ratio
-        return damping
+        return stored
 
 
 class ScheduledDamping(DampingRule):
@@ -82,9 +92,9 @@ class ScheduledDamping(DampingRule):
         del step
         return False
 
-    def update(self, damping: Scalar, ratio: Scalar) -> Scalar:
+    def update(self, stored: Scalar, ratio: Scalar) -> Scalar:
         del ratio
-        return damping
+        return stored
 
 
 class DampingMultiple(DampingRule):
@@ -115,9 +125,9 @@ class DampingMultiple(DampingRule):
         del step
         return False
 
-    def update(self, damping: Scalar, ratio: Scalar) -> Scalar:
+    def update(self, stored: Scalar, ratio: Scalar) -> Scalar:
         del ratio
-        return damping
+        return stored
 
 
 class LevenbergMarquardt(DampingRule):
@@ -204,11 +214,11 @@ class LevenbergMarquardt(DampingRule):
     def wants_ratio(self, step: Counter) -> Bool[Array, ""] | bool:
         return (step + 1) % self.period == 0
 
-    def update(self, damping: Scalar, ratio: Scalar) -> Scalar:
+    def update(self, stored: Scalar, ratio: Scalar) -> Scalar:
         factor = self.decay**self.period
-        lowered, raised = damping * factor, damping / factor
+        lowered, raised = stored * factor, stored / factor
         # A NaN fails both comparisons: first the one that would keep or lower λ.
-        new = jnp.where(ratio > self.upper, lowered, jnp.where(ratio >= self.lower, damping, raised))
+        new = jnp.where(ratio > self.upper, lowered, jnp.where(ratio >= self.lower, stored, raised))
         return jnp.clip(new, self.minimum, self.maximum)
 
 

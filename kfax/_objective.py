@@ -116,6 +116,12 @@ def _is_losses(x: Any) -> bool:
 def _split(x: Any) -> tuple[tuple[Loss, ...], Scalar]:
     """The losses, and the sum of the penalties."""
     if not _is_losses(x):
+        wrong = [term for term in _terms(x) if not isinstance(term, Loss | Penalty)]
+        if len(wrong) < len(_terms(x)):
+            raise ValueError(
+                f"Among the losses that `loss_fn` returned there is {_describe(wrong[0])}. Terms without curvature go "
+                "with them as `kfax.Penalty(value)`; all else is returned apart, as in `(losses, aux)`."
+            )
         raise ValueError(
             f"`loss_fn` must return a kfax Loss, but it returned {_describe(x)}. Return the object that "
             "`kfax.softmax_cross_entropy(logits, labels)`, `kfax.sigmoid_cross_entropy` or `kfax.squared_error` makes, "

@@ -87,6 +87,10 @@ def scale_by_curvature(
     return optax.GradientTransformationExtraArgs(link.init, link.update)
 
 
+# A batch may be anything, `None` included.
+_NOT_GIVEN: Any = object()
+
+
 class _Link(eqx.Module):
     """The two functions of the transformation."""
 
@@ -108,13 +112,13 @@ class _Link(eqx.Module):
         params: Parameters = None,
         *,
         model: Model = None,
-        batch: Any = None,
+        batch: Any = _NOT_GIVEN,
         key: PRNGKey | None = None,
         model_state: Any = None,
         **others: Any,
     ) -> tuple[Any, Any]:
         del params, others
-        if model is None:
+        if model is None or batch is _NOT_GIVEN:
             raise ValueError(
                 "`kfax.scale_by_curvature` needs to see model and batch: call "
                 "`optim.update(gradients, state, params, model=model, batch=batch)`."

@@ -149,11 +149,13 @@ class Optimizer(eqx.Module):
         """
         parameters, _ = split_parameters(model, self.frozen)
         self.l2.mask(model, parameters)
+        rule, start = self._rules.rule, jnp.zeros((), jnp.int32)
+        positive("damping", rule.value(rule.init(), start))
         if not is_traced((model, batch, key, model_state)):
             self.estimator.check(Problem(self.loss_fn, model, batch, key, model_state, self.frozen))
         return OptimizerState(
-            step=jnp.zeros((), jnp.int32),
-            damping=jnp.array(self._rules.rule.init()),  # a copy, so that the state may be donated
+            step=start,
+            damping=jnp.array(rule.init()),  # a copy, so that the state may be donated
             velocity=zeros_like(parameters),
             preconditioner=self.preconditioner.init(model, parameters, self.frozen),
             was_undone=jnp.zeros((), bool),

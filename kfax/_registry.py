@@ -61,14 +61,20 @@ class Registry:
         - `module_type`: a class of modules.
         - `rule`: wraps a module of that class in a tagged layer, for instance
             `lambda linear: kfax.TaggedLinear(linear, block=kfax.KroneckerFactored(kfax.Reduce()))`. With `None` modules
-            of that class are left as they are, with everything inside.
+            of that class are left as they are, with everything inside. For modules that kfax knows nothing of:
+            `lambda module: kfax.TaggedModule(module, block=kfax.Diagonal())`.
 
-        **Raises:** `ValueError` if `module_type` is not a class.
+        **Raises:** `ValueError` if `module_type` is not a class, or `rule` not a function.
         """
         if not isinstance(module_type, type):
             raise ValueError(
                 f"`register` takes the class of a module, such as `eqx.nn.Linear`, got {module_type!r}. To tag one "
                 "particular layer differently, wrap it yourself, as in `kfax.TaggedLinear(layer, block=...)`."
+            )
+        if not (rule is None or callable(rule)):
+            raise ValueError(
+                f"`rule` must be a function from a module to a tagged layer, got {rule!r}. For another block: "
+                "`lambda linear: kfax.TaggedLinear(linear, block=...)`."
             )
         return Registry({**self.rules, module_type: rule})
 
@@ -169,7 +175,7 @@ def set_block(model: Model, where: Where | str, block: Block | Mapping[str, Bloc
         `lambda model: [model.layers[0], model.head]`, or `lambda model: model` for all. Or the path of such a node as
         [`kfax.coverage`][] prints it.
     - `block`: the new block of all these layers; for layers with several operations, it may be a dictionary with a
-        block for each by name.
+        block for each of them, by name, none left out.
 
     **Returns:** the model with that block. Its structure is another one: gradients and states of the old model do not
     fit it.

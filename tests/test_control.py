@@ -285,7 +285,9 @@ def test_masked_positions_do_not_count(sharing, axis, weighted):
 
 def test_masked_wants_one_boolean():
     model = kfax.tag(eqx.nn.Linear(2, 2, key=KEYS[0]))
-    assert kfax.masked(model, jnp.ones(3)) is not None  # nothing is observed: nothing is looked at
+    for wrong in (jnp.ones(3), 1.0):  # also where nothing is observed
+        with pytest.raises(ValueError, match="`kfax.masked` takes one boolean, got float64"):
+            kfax.masked(model, wrong)
 
     def loss_fn(model, batch):
         outputs = jax.vmap(lambda x: kfax.masked(model, jnp.ones(3, bool))(x))(batch)

@@ -89,7 +89,7 @@ def test_2_examples_on_another_axis_than_the_mapped_one():
         (lambda loss: None, "returned a NoneType"),
         (lambda loss: (loss, loss), r"returned a tuple of 2.*`\[loss_1, loss_2\]`"),
         (lambda loss: (loss, 1, 2), "losses or .losses, aux."),
-        (lambda loss: [loss, 3.0], "kfax Loss"),
+        (lambda loss: [loss, 3.0], "Among the losses .* there is a float.*`kfax.Penalty\\(value\\)`"),
     ],
 )
 def test_3_loss_fn_returns_something_else(case, wrong, match):
@@ -144,6 +144,30 @@ def test_5_damping_that_is_not_positive(case, damping):
     state = optimizer(case.loss_fn).init(case.model, case.batch)
     with pytest.raises(ValueError, match="`damping` must be positive, got"):
         optimizer(case.loss_fn).step(case.model, state, case.batch, key=jax.random.key(0), damping=damping)
+
+
+def test_what_a_second_newcomer_met(case):
+    """Each had an error of Python's or JAX's, or none."""
+
+    class Negative(kfax.FixedDamping):
+        def value(self, stored, step):
+            return -stored
+
+    with pytest.raises(ValueError, match="`damping` must be positive, got -1"):
+        optimizer(case.loss_fn, damping=Negative(jnp.asarray(1.0))).init(case.model, case.batch)
+    with pytest.raises(ValueError, match="`weights` of `softmax_cross_entropy` must not be negative"):
+        kfax.softmax_cross_entropy(jnp.ones((3, 2)), jnp.zeros(3, int), weights=jnp.array([1.0, -1.0, 1.0]))
+    with pytest.raises(ValueError, match=r"`kfax.Dense` takes a matrix, got a weight of shape \(4,\)"):
+        kfax.Dense(jnp.ones(4)).shape()
+    link = kfax.scale_by_curvature(case.loss_fn, damping=1.0)
+    gradients = eqx.filter(case.model, eqx.is_inexact_array)
+    with pytest.raises(ValueError, match="needs to see model and batch"):
+        link.update(gradients, link.init(gradients), model=case.model)
+    with pytest.raises(IndexError) as caught:
+        kfax.function_loss(lambda f: jnp.mean(f, axis=1), jnp.ones((4, 3)))
+    assert any("called for one place, here with outputs of shape (3,)" in note for note in caught.value.__notes__)
+    loss = case.loss_fn(case.model, case.batch)
+    assert_close((loss / 4).value(), loss.value() / 4)
 
 
 def test_other_numbers_that_are_not_positive_get_no_advice_about_damping():
@@ -454,6 +478,9 @@ mistakes = {
     "`source` must be a curvature source, or `kfax.Hessian()`": lambda: kfax.ImplicitExactCurvature(None),
     "`source` must be a curvature source, such as `kfax.ExactGGN()`": lambda: kfax.BlockDiagonalCurvature("ggn"),
     "as an array of real floating-point numbers, got float": lambda: kfax.squared_error(1.0, 2.0),
+    "`rule` must be a function": lambda: kfax.default_registry.register(eqx.nn.Linear, kfax.Full()),
+    "`check_loss` takes a `kfax.Loss`, got Penalty": lambda: kfax.check_loss(kfax.Penalty(1.0), key=jax.random.key(0)),
+    "takes a module and one boolean, got TaggedLinear": lambda: kfax.masked(True, model),
     "`frozen` must be a function of the model, as in": lambda: kfax.tag(linear, frozen=".weight"),
     "must be a single JAX key, such as `jax.random.key(0)`, got 0": lambda: optim.step(model, state, batch, key=0),
     "must be a single JAX key": lambda: optim.step(model, state, batch, key=jax.random.split(jax.random.key(0), 3)),
@@ -474,4 +501,4 @@ def test_objects_of_the_wrong_type():
     """In a process of its own, without the run-time type checker, as a user has it."""
     result = subprocess.run([sys.executable, "-W", "error", "-c", MISTAKES], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "17 mistakes\n"
+    assert result.stdout == "20 mistakes\n"

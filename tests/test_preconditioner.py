@@ -269,8 +269,8 @@ class Annealed(kfax.DampingRule):
     def wants_ratio(self, step):
         return False
 
-    def update(self, damping, ratio):
-        return damping
+    def update(self, stored, ratio):
+        return stored
 
 
 def test_a_damping_rule_of_ones_own_keeps_what_it_stores():

@@ -126,8 +126,8 @@ def check_factored(block: Block, operation: Operation) -> FactoredOperation:
     if not isinstance(operation, FactoredOperation):
         raise ValueError(
             f"its block is {block}, but its parameters ({type(operation).__name__}) multiply no inputs as a matrix "
-            "does, so that there is nothing to factor. Blocks that fit: `kfax.UnitWise()`, `kfax.Diagonal()` and "
-            "`kfax.Full()`."
+            "does, so that there is nothing to factor. Blocks that fit: `kfax.UnitWise()`, `kfax.Diagonal()`, "
+            "`kfax.TensorNormal()` and `kfax.Full()`."
         )
     return operation
 

@@ -380,8 +380,8 @@ _ONE_BATCH = (
 
 
 _NOT_CONVERGED = (
-    "The solver of `kfax.ImplicitExactCurvature` did not converge. Loosen its tolerances (`solver=lineax.CG(rtol=1e-3, "
-    "atol=1e-3)`), raise the damping, use float64, or use `kfax.ExplicitExactCurvature`."
+    "The solver of `kfax.ImplicitExactCurvature` did not converge. Before the first `refresh` the damping is zero: "
+    "call it first. Or loosen the tolerances (`solver=lineax.CG(rtol=1e-3, atol=1e-3)`), raise λ, or use float64."
 )
 
 

@@ -201,16 +201,18 @@ def masked(module: Model, mask: ArrayLike) -> Model:
 
     **Raises:** `ValueError` for a mask that is not one boolean.
     """
+    if not eqx.is_array_like(mask):
+        raise ValueError(f"`kfax.masked` takes a module and one boolean, got {type(mask).__name__}.")
+    present = jnp.asarray(mask)
+    if present.dtype != jnp.bool_ or present.ndim != 0:
+        raise ValueError(
+            f"`kfax.masked` takes one boolean, got {present.dtype} of shape {present.shape}. For several positions map "
+            "over them: `jax.vmap(lambda x, m: kfax.masked(layer, m)(x))(xs, mask)`."
+        )
 
     def mark(node):
         if not is_tagged(node) or node.slots is None:
             return node
-        present = jnp.asarray(mask)
-        if present.dtype != jnp.bool_ or present.ndim != 0:
-            raise ValueError(
-                f"`kfax.masked` takes one boolean, got {present.dtype} of shape {present.shape}. For several positions "
-                "map over them: `jax.vmap(lambda x, m: kfax.masked(layer, m)(x))(xs, mask)`."
-            )
         slots = {name: tuple(slot.masked(present) for slot in filled) for name, filled in node.slots.items()}
         return eqx.tree_at(lambda tagged: tagged.slots, node, slots)
 

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from equinox import AbstractVar
 from jaxtyping import Array, ArrayLike, Bool, Float
 
@@ -172,6 +173,9 @@ class Loss(eqx.Module):
 
     __rmul__ = __mul__
 
+    def __truediv__(self, other: ArrayLike) -> "Loss":
+        return self * (1 / jnp.asarray(other))
+
     def __add__(self, other: Any) -> Any:
         raise TypeError(
             "A kfax Loss is not a number and is not added to: return a list of losses, with terms without curvature as "
@@ -251,6 +255,8 @@ def make_weighting(
                 f"`weights` of `{name}` must have one number for each example, shape {(num_examples,)}, got "
                 f"{weights.shape}. To leave out positions within an example use `mask`."
             )
+        if not is_traced(weights) and np.any(np.asarray(weights) < 0):
+            raise ValueError(f"`weights` of `{name}` must not be negative.")
     if mask is not None:
         mask = jnp.asarray(mask)
         if mask.dtype != jnp.bool_ or mask.ndim == 0 or mask.shape != positions[: mask.ndim]:

@@ -24,7 +24,8 @@ def check_loss(loss: Loss, *, key: PRNGKey) -> tuple[str, ...]:
     What is checked, on random vectors: that an example's loss depends on its own outputs only; that `ggn_product` is
     the Hessian of `value`, without negative curvature if there is a `ggn_factor`; that the factors and their
     transposes are adjoint and make up that Hessian; and that 4,096 draws of `sampled_gradient` have mean zero and the
-    Fisher information as second moment, up to six standard errors.
+    Fisher information as second moment, up to six standard errors. Where the Fisher information is not known, as that
+    of a [`kfax.function_loss`][], of the draws only the mean is.
 
     **Arguments:**
 
@@ -37,6 +38,8 @@ def check_loss(loss: Loss, *, key: PRNGKey) -> tuple[str, ...]:
 
     **Raises:** `ValueError` that names the loss and the method that is wrong.
     """
+    if not isinstance(loss, Loss):
+        raise ValueError(f"`check_loss` takes a `kfax.Loss`, got {type(loss).__name__}.")
     dtype = loss.outputs.dtype
     if dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"`check_loss` takes float32 or float64 outputs, to tell errors from rounding, got {dtype}.")

@@ -206,7 +206,13 @@ def function_loss(
     weighting = make_weighting("function_loss", outputs, places, weights, mask, mean_over_positions)
     outputs, data = jax.tree.map(lambda x: _replace(x, weighting), (outputs, data))
     f, *one = jax.eval_shape(lambda: _one_place(len(places), (_wide(outputs), *data)))
-    loss = eqx.filter_eval_shape(function, f, *one)
+    try:
+        loss = eqx.filter_eval_shape(function, f, *one)
+    except Exception as error:
+        error.add_note(
+            f"`function` of `kfax.function_loss` is called for one place, here with outputs of shape {f.shape}."
+        )
+        raise
     if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(
             f"`function` of `function_loss` must return a real number for outputs of shape {f.shape}, those of one "

@@ -25,6 +25,11 @@ class Dense(FactoredOperation):
 
     def shape(self) -> MatrixShape:
         if self.weight is not None:
+            if len(self.weight.shape) < 2:
+                raise ValueError(
+                    f"`kfax.Dense` takes a matrix, got a weight of shape {self.weight.shape}. For a number for each "
+                    "feature, which multiplies it, use `kfax.ScaleAndShift`."
+                )
             *stack, rows, columns = self.weight.shape
             outputs, inputs = (columns, rows) if self.inputs_first else (rows, columns)
             return MatrixShape(tuple(stack), outputs, inputs, self.bias is not None, self.weight.dtype)

@@ -29,9 +29,8 @@ def check(
     For a random cotangent of the outputs the gradient of each layer's weights is computed twice: by differentiating
     the model, and from the inputs and output cotangents that the layer's tag observed. They agree unless a weight is
     also used where its tag cannot see it (`model.embedding.weight.T`, a rescaled copy). Curvature would then be
-    wrong, and nothing would show it. Loss and gradient must also be finite. Costs a pass
-    forward through the model and two backward, compiled. Whether a block suits its layer shows when curvature is first
-    estimated.
+    wrong, and nothing would show it. Loss and gradient must also be finite. Costs a pass forward through the model and
+    two backward, compiled. Whether a block suits its layer shows when curvature is first estimated.
 
     **Arguments:** as for [`kfax.Optimizer`][] and its `init`, which calls this.
 

@@ -248,7 +248,7 @@ MISTAKES = {
     "forgets": r"must list every array in exactly one operation.*`.layer.bias` is in none",
     "repeats": r"must list every array in exactly one operation.*`.layer.weight` is in none of them or in several",
     "misnames": r"observes an operation named '', but its operations are \['a'\]",
-    "never observes": r"layer at `.*off by 1e\+02%",
+    "never observes": r"layer at `.*off by 100%",
     "a sequence at once": r"observed inputs of shape \[\(4, 3\)\] and outputs of shape .* in one call, of Dense",
 }
 

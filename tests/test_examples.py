@@ -31,15 +31,13 @@ PRINTED = {
     "optax_chain": ("scale_by_curvature", "scale_by_adam"),
     "preconditioned_cg": ("no preconditioner", "diagonal", "exact damping"),
 }
-# These take most of a minute to compile.
-LONG = ("convnet", "transformer")
 # Of an example with several variants all but the last are slow.
 RUNS = [
-    pytest.param(path, options, id=" ".join([path.stem, *options]), marks=[] if is_short else [pytest.mark.slow])
+    pytest.param(path, options, id=" ".join([path.stem, *options]), marks=[] if is_last else [pytest.mark.slow])
     for path in EXAMPLES
     if path.stem not in OTHERS
     for options in VARIANTS[path.stem]
-    for is_short in [options is VARIANTS[path.stem][-1] and path.stem not in LONG]
+    for is_last in [options is VARIANTS[path.stem][-1]]
 ]
 
 

@@ -43,7 +43,6 @@ MINI_BATCHES = {
     "`decay=0.5`": {"estimator": BLOCKS(decay=0.5)},
     "`decay=0.99`": {"estimator": BLOCKS(decay=0.99)},
     "exact damping, `kfax.Eigh()`": {"block": kfax.KroneckerFactored(inversion=kfax.Eigh())},
-    "`kfax.TensorNormal()`": {"block": kfax.TensorNormal()},
     "`kfax.SampledFisher()`": {"estimator": BLOCKS(kfax.SampledFisher())},
     "`kfax.ExactGGN()`": {"estimator": BLOCKS(kfax.ExactGGN())},
     "`kfax.EmpiricalFisher()`": {"estimator": BLOCKS(kfax.EmpiricalFisher())},

@@ -19,7 +19,8 @@ class OptimizerState(eqx.Module):
     **Fields:**
 
     - `step`: how many calls of `step` there were, those whose step was not taken included.
-    - `damping`: as the damping rule left it: λ [loss/param²], or a multiple of the mean eigenvalue if it is relative.
+    - `damping`: what the damping rule stores. For an adaptive one it is λ [loss/param²], or a multiple of the mean
+        eigenvalue if it is relative; for a schedule the first value. λ of a step is in its [`kfax.StepInfo`][].
     - `velocity`: the previous update of the parameters. [param]
     - `preconditioner`: the state of the estimator, with its inverses.
     - `was_undone`: whether the last step was.

@@ -27,33 +27,37 @@ from ._blocks import (
     TensorNormal as TensorNormal,
     UnitWise as UnitWise,
 )
-from ._check import check as check
-from ._coverage import Coverage as Coverage, coverage as coverage, CoverageRow as CoverageRow
-from ._damping import (
-    DampingMultiple as DampingMultiple,
-    DampingRule as DampingRule,
-    FixedDamping as FixedDamping,
-    LevenbergMarquardt as LevenbergMarquardt,
-    RelativeDamping as RelativeDamping,
-    ScheduledDamping as ScheduledDamping,
-)
+from ._capture import check as check
 from ._estimators import (
     BlockDiagonalCurvature as BlockDiagonalCurvature,
     BlockDiagonalState as BlockDiagonalState,
+    CotangentSource as CotangentSource,
     CurvatureEstimator as CurvatureEstimator,
+    CurvaturePropagation as CurvaturePropagation,
+    CurvatureSource as CurvatureSource,
     Eigendecomposition as Eigendecomposition,
+    EmpiricalFisher as EmpiricalFisher,
+    ExactFisher as ExactFisher,
+    ExactGGN as ExactGGN,
     ExplicitExactCurvature as ExplicitExactCurvature,
     ExplicitExactState as ExplicitExactState,
     Hessian as Hessian,
     ImplicitExactCurvature as ImplicitExactCurvature,
     ImplicitExactState as ImplicitExactState,
+    SampledFisher as SampledFisher,
 )
-from ._fold import Use as Use
-from ._l2 import L2 as L2
 from ._layers import (
     Blocks as Blocks,
+    Coverage as Coverage,
+    coverage as coverage,
+    CoverageRow as CoverageRow,
+    default_registry as default_registry,
     masked as masked,
+    parameters_of as parameters_of,
+    Registry as Registry,
+    set_block as set_block,
     Slots as Slots,
+    tag as tag,
     TaggedBatchNorm as TaggedBatchNorm,
     TaggedConv as TaggedConv,
     TaggedConvTranspose as TaggedConvTranspose,
@@ -65,6 +69,7 @@ from ._layers import (
     TaggedModule as TaggedModule,
     TaggedNorm as TaggedNorm,
     TaggedPReLU as TaggedPReLU,
+    untag as untag,
 )
 from ._losses import (
     check_loss as check_loss,
@@ -98,40 +103,32 @@ from ._operations import (
     Transposed as Transposed,
     Windows as Windows,
 )
-from ._optax import scale_by_curvature as scale_by_curvature, ScaleByCurvatureState as ScaleByCurvatureState
-from ._optimizer import Optimizer as Optimizer
-from ._passes import Fraction as Fraction
-from ._preconditioner import (
+from ._optimizer import (
+    DampingMultiple as DampingMultiple,
+    DampingRule as DampingRule,
+    FixedDamping as FixedDamping,
+    Fraction as Fraction,
+    full_batch as full_batch,
+    L2 as L2,
+    LayerNorms as LayerNorms,
+    LevenbergMarquardt as LevenbergMarquardt,
+    NormConstraint as NormConstraint,
+    Optimizer as Optimizer,
+    OptimizerState as OptimizerState,
     Preconditioner as Preconditioner,
     PreconditionerState as PreconditionerState,
+    QuadraticModel as QuadraticModel,
+    Rejection as Rejection,
+    RelativeDamping as RelativeDamping,
+    scale_by_curvature as scale_by_curvature,
+    ScaleByCurvatureState as ScaleByCurvatureState,
+    ScheduledDamping as ScheduledDamping,
     Staggered as Staggered,
-)
-from ._presets import full_batch as full_batch, stochastic as stochastic
-from ._quadratic import QuadraticModel as QuadraticModel
-from ._registry import (
-    default_registry as default_registry,
-    parameters_of as parameters_of,
-    Registry as Registry,
-    set_block as set_block,
-    tag as tag,
-    untag as untag,
-)
-from ._rescale import NormConstraint as NormConstraint, Rejection as Rejection
-from ._sources import (
-    CotangentSource as CotangentSource,
-    CurvaturePropagation as CurvaturePropagation,
-    CurvatureSource as CurvatureSource,
-    EmpiricalFisher as EmpiricalFisher,
-    ExactFisher as ExactFisher,
-    ExactGGN as ExactGGN,
-    SampledFisher as SampledFisher,
-)
-from ._step import (
-    LayerNorms as LayerNorms,
-    OptimizerState as OptimizerState,
     StepInfo as StepInfo,
     StepResult as StepResult,
+    stochastic as stochastic,
 )
+from ._slot import Use as Use
 
 
 # The losses by the names of the distributions of which they are the negative log-likelihoods.

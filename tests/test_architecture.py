@@ -17,34 +17,16 @@ import kfax
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "kfax"
 
-# Top to bottom. A file imports only from rows below its own, or, within a folder, from files listed before it.
+# Top to bottom. A room imports only from rows below its own; rooms of one row do not import each other.
 HOUSE = [
     ["__init__"],
-    # front doors
-    ["_presets"],
-    ["_optimizer", "_optax"],
-    # deciding the step
-    ["_attempt"],
-    ["_step", "_present"],
-    ["_preconditioner", "_passes"],
-    ["_damping", "_quadratic", "_rescale", "_l2"],
-    # curvature estimators
+    ["_optimizer"],
     ["_estimators"],
-    ["_sources", "_check"],
     ["_capture"],
-    # what a user declares
-    ["_objective", "_coverage"],
-    ["_registry"],
     ["_layers"],
-    ["_losses"],
-    # curvature blocks
     ["_blocks"],
-    ["_operations"],
-    # ground
-    ["_fold"],
-    ["_linalg", "_ema", "_scalars"],
-    ["_tree"],
-    ["_types"],
+    ["_operations", "_losses", "_slot"],
+    ["_math"],
 ]
 ROW = {name: row for row, names in enumerate(HOUSE) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -95,6 +77,22 @@ def test_imports_go_down_only(path):
         if other == own:
             continue
         assert ROW[other] > ROW[own], f"{path.name} imports {other}, which is not below it"
+
+
+def drawing():
+    """Which room imports which, as a table: its lines top to bottom, and its columns."""
+    rooms = [name for row in HOUSE for name in row]
+    edges = {(room(path), module[0]) for path in FILES for module in imports(path)}
+    lower = rooms[1:]
+    lines = [f"| imports | {' | '.join(f'`{name}`' for name in lower)} |", "|---" * (len(lower) + 1) + "|"]
+    for name in rooms[:-1]:
+        marks = ["●" if (name, other) in edges and name != other else "" for other in lower]
+        lines.append(f"| `{name}` | {' | '.join(marks)} |")
+    return "\n".join(re.sub(" +", " ", line) for line in lines)
+
+
+def test_contributing_draws_the_imports():
+    assert drawing() in (ROOT / "CONTRIBUTING.md").read_text(), f"draw them as they are:\n\n{drawing()}"
 
 
 @pytest.mark.parametrize("folder", [p for p in PACKAGE.iterdir() if (p / "__init__.py").exists()], ids=lambda p: p.name)

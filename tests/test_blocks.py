@@ -13,7 +13,7 @@ from cases import grid
 from helpers import assert_close
 
 import kfax
-from kfax import _linalg as linalg
+from kfax._math import linalg
 
 
 N = 40

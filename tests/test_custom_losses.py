@@ -11,8 +11,7 @@ from cases import ALL_LOSSES, grid
 from helpers import assert_close
 
 import kfax
-from kfax._capture import linearize, Problem
-from kfax._objective import evaluate
+from kfax._capture import evaluate, linearize, Problem
 
 
 KEY = jax.random.key(0)

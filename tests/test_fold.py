@@ -12,8 +12,8 @@ from helpers import assert_close
 from jax.sharding import NamedSharding, PartitionSpec
 from reference import explicit_rows
 
-from kfax._fold import ExampleAxis, observe, Slot
-from kfax._tree import tie
+from kfax._math.tree import tie
+from kfax._slot import ExampleAxis, observe, Slot
 
 
 N, T, D = 8, 5, 6

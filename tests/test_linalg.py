@@ -8,8 +8,8 @@ import pytest
 from helpers import assert_close
 from reference import kronecker
 
-from kfax import _linalg as linalg, _tree as tree
-from kfax._ema import MovingAverage
+from kfax._math import linalg, tree
+from kfax._math.moving_average import MovingAverage
 
 
 def psd(key, size, stack=()):

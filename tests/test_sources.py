@@ -339,7 +339,7 @@ def test_half_precision(source):
 
 
 def test_two_eigendecompositions_wait_for_each_other():
-    """Two at the same time could stop XLA for good on the CPU: see `kfax._linalg.after`."""
+    """Two at the same time could stop XLA for good on the CPU: see `kfax._math.linalg.after`."""
     keys = jax.random.split(jax.random.key(0), 4)
     f, g = jax.random.normal(keys[0], (64, 12)), jax.random.normal(keys[1], (64, 12))
 

@@ -8,9 +8,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._fold import Use
+from .._math.types import ArrayTree, Scalar
 from .._operations import MatrixShape, Operation
-from .._types import ArrayTree, Scalar
+from .._slot import Use
 from .product import Cholesky, Inverse, Inversion, Product, Spectrum
 
 

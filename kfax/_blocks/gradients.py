@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._fold import Use
+from .._math.types import ArrayTree
 from .._operations import MatrixShape, Operation
-from .._types import ArrayTree
+from .._slot import Use
 from .base import ProductBlock, Recorded
 from .product import check_inversion, Cholesky, Eigh, Inversion, Product
 

@@ -4,9 +4,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._fold import Use
+from .._math.types import ArrayTree
 from .._operations import FactoredOperation, MatrixShape, Operation, Transposed
-from .._types import ArrayTree
+from .._slot import Use
 from .base import Block, describe, ProductBlock, Recorded
 from .product import check_inversion, Cholesky, Inversion, Product
 from .sharing import Expand, FactorSizes, KroneckerFactors, Sharing

@@ -7,10 +7,10 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .. import _linalg as linalg
-from .._fold import Use
+from .._math import linalg
+from .._math.types import ArrayTree, Scalar
 from .._operations import MatrixShape, Operation, Transposed
-from .._types import ArrayTree, Scalar
+from .._slot import Use
 from .base import Block, BlockState, Recorded
 from .kronecker import check_factored, check_factoring, factor_sizes, KroneckerFactored, per_position
 from .product import Inverse, Product, Spectrum

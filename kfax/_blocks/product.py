@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from .. import _linalg as linalg
-from .._scalars import scalar
-from .._types import Scalar
+from .._math import linalg
+from .._math.scalars import scalar
+from .._math.types import Scalar
 
 
 class Product(eqx.Module):

@@ -7,8 +7,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._fold import Use
 from .._operations import FactoredOperation, MatrixShape
+from .._slot import Use
 from .base import Recorded
 
 

@@ -14,3 +14,13 @@ from .implicit_exact import (
     ImplicitExactState as ImplicitExactState,
 )
 from .products import Hessian as Hessian
+from .sources import (
+    check_deterministic as check_deterministic,
+    CotangentSource as CotangentSource,
+    CurvaturePropagation as CurvaturePropagation,
+    CurvatureSource as CurvatureSource,
+    EmpiricalFisher as EmpiricalFisher,
+    ExactFisher as ExactFisher,
+    ExactGGN as ExactGGN,
+    SampledFisher as SampledFisher,
+)

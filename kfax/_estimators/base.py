@@ -12,10 +12,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .._capture import Linearization, Problem
 from .._losses import Loss
-from .._sources import CurvatureSource
-from .._types import Model, Parameters, PRNGKey, Scalar, Where
+from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
 from .damping import wide
 from .eigendecomposition import Eigendecomposition
+from .sources import CurvatureSource
 
 
 class CurvatureEstimator(eqx.Module):

@@ -10,17 +10,14 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .. import _linalg as linalg
 from .._blocks import immovable, Inverse
-from .._capture import Linearization, linearize, Problem, Reading
-from .._check import check_observed
-from .._ema import MovingAverage
-from .._layers import from_matrices, Part, parts, to_matrices
-from .._registry import split_parameters
-from .._scalars import within_unit
-from .._sources import CurvaturePropagation, CurvatureSource
-from .._tree import all_finite, keep_finite, select
-from .._types import Model, Parameters, PRNGKey, PyTree, Scalar, Where
+from .._capture import check_observed, Linearization, linearize, Problem, Reading
+from .._layers import from_matrices, Part, parts, split_parameters, to_matrices
+from .._math import linalg
+from .._math.moving_average import MovingAverage
+from .._math.scalars import within_unit
+from .._math.tree import all_finite, keep_finite, select
+from .._math.types import Model, Parameters, PRNGKey, PyTree, Scalar, Where
 from .base import (
     check_source,
     CurvatureEstimator,
@@ -31,6 +28,7 @@ from .base import (
 from .damping import damping_by_key, damping_by_parameter
 from .eigendecomposition import BlockEigendecomposition
 from .products import VECTORS
+from .sources import CurvaturePropagation, CurvatureSource
 
 
 class BlockDiagonalState(eqx.Module):

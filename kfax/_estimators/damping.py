@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
 from .._layers import from_matrices, to_matrices
-from .._scalars import nonnegative
-from .._types import Parameters, Scalar
+from .._math.scalars import nonnegative
+from .._math.types import Parameters, Scalar
 
 
 def damping_by_parameter(parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]) -> Parameters:

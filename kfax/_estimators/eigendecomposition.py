@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from .._blocks import Spectrum
 from .._layers import from_matrices, to_matrices
-from .._types import Parameters, Scalar
+from .._math.types import Parameters, Scalar
 from .damping import damping_by_key
 
 

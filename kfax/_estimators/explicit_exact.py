@@ -9,20 +9,19 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .. import _linalg as linalg
 from .._blocks import check_inversion, Cholesky, immovable, Inverse, Inversion, Product
-from .._capture import Linearization, linearize, Problem
-from .._check import check_values
-from .._ema import MovingAverage
-from .._registry import parameters_of
-from .._scalars import within_unit
-from .._sources import CurvatureSource, ExactGGN
-from .._tree import all_finite, select
-from .._types import Model, Parameters, PRNGKey, Scalar, Where
+from .._capture import check_values, Linearization, linearize, Problem
+from .._layers import parameters_of
+from .._math import linalg
+from .._math.moving_average import MovingAverage
+from .._math.scalars import within_unit
+from .._math.tree import all_finite, select
+from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
 from .base import CurvatureEstimator, inverse_of, operator_of, total_weight
 from .damping import damping_by_parameter
 from .eigendecomposition import DenseEigendecomposition
 from .products import check_layout, check_matrix, compare_layouts, dense, Hessian, Layout, layout_of, linear_map
+from .sources import CurvatureSource, ExactGGN
 
 
 class ExplicitExactState(eqx.Module):

@@ -11,16 +11,15 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .._capture import Cotangents, Linearization, linearize, linearize_outputs, Outputs, Problem
-from .._check import check_values
-from .._registry import parameters_of
-from .._sources import CurvatureSource, ExactGGN
-from .._tree import combine, dot, norm, zeros_like
-from .._types import Model, Parameters, PRNGKey, Scalar, Where
+from .._capture import check_values, Cotangents, Linearization, linearize, linearize_outputs, Outputs, Problem
+from .._layers import parameters_of
+from .._math.tree import combine, dot, norm, zeros_like
+from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
 from .base import CurvatureEstimator, inverse_of, narrow, operator_of
 from .damping import damping_by_parameter, wide
 from .eigendecomposition import Eigendecomposition
 from .products import check_matrix, dense, Hessian, linear_map
+from .sources import CurvatureSource, ExactGGN
 
 
 class ImplicitExactState(eqx.Module):

@@ -10,9 +10,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from .._capture import linearize_outputs, Problem
-from .._sources import CurvatureSource
-from .._tree import combine
-from .._types import Parameters, PRNGKey
+from .._math.tree import combine
+from .._math.types import Parameters, PRNGKey
+from .sources import CurvatureSource
 
 
 class Hessian(eqx.Module):

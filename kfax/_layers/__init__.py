@@ -15,9 +15,20 @@ from .base import (
     unlisted as unlisted,
 )
 from .convolution import TaggedConv as TaggedConv, TaggedConvTranspose as TaggedConvTranspose
+from .coverage import Coverage as Coverage, coverage as coverage, CoverageRow as CoverageRow
 from .embedding import TaggedEmbedding as TaggedEmbedding
 from .linear import TaggedLinear as TaggedLinear
 from .module import TaggedModule as TaggedModule
 from .recurrent import TaggedGRUCell as TaggedGRUCell, TaggedLSTMCell as TaggedLSTMCell
+from .registry import (
+    default_registry as default_registry,
+    parameters_of as parameters_of,
+    Registry as Registry,
+    set_block as set_block,
+    split_parameters as split_parameters,
+    tag as tag,
+    trainable as trainable,
+    untag as untag,
+)
 from .scale_shift import TaggedBatchNorm as TaggedBatchNorm, TaggedNorm as TaggedNorm, TaggedPReLU as TaggedPReLU
 from .shared import Borrowed as Borrowed, borrowed as borrowed

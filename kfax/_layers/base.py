@@ -12,9 +12,9 @@ from equinox import AbstractVar
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from .._blocks import Block
-from .._fold import observe, Slot
+from .._math.types import Model, Parameters, PyTree
 from .._operations import Operation
-from .._types import Model, Parameters, PyTree
+from .._slot import observe, Slot
 
 
 Blocks: TypeAlias = Block | dict[str, Block]

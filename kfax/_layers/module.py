@@ -5,8 +5,8 @@ from typing import Any
 import equinox as eqx
 import jax
 
+from .._math.types import PyTree
 from .._operations import Arbitrary, Invocation, Operation
-from .._types import PyTree
 from .base import Blocks, Slots, TaggedLayer
 
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._math.types import Model, PyTree
 from .._operations import FactoredOperation, Operation, Transposed
-from .._types import Model, PyTree
 from .base import layer_parts, Part, tagged_layers
 
 

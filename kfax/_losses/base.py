@@ -10,8 +10,8 @@ import numpy as np
 from equinox import AbstractVar
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .._tree import is_traced
-from .._types import PRNGKey, Scalar
+from .._math.tree import is_traced
+from .._math.types import PRNGKey, Scalar
 
 
 class Weighting(eqx.Module):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._types import PRNGKey
+from .._math.types import PRNGKey
 from .base import Loss, NaturalLoss
 
 

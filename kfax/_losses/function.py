@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from .._linalg import matmul
-from .._types import ArrayTree, PRNGKey, PyTree
+from .._math.linalg import matmul
+from .._math.types import ArrayTree, PRNGKey, PyTree
 from .base import check_outputs, expand, Loss, make_weighting, Weighting
 
 

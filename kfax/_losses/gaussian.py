@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from .._types import PRNGKey
+from .._math.types import PRNGKey
 from .base import check_outputs, NaturalLoss, real_targets, weigh_outputs, Weighting
 
 

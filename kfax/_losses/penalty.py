@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
-from .._types import Scalar
+from .._math.types import Scalar
 
 
 def _scalar(value: Any) -> Scalar:

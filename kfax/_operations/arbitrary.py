@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from .._types import ArrayTree, PyTree
+from .._math.types import ArrayTree, PyTree
 from .base import MatrixShape, Operation
 
 

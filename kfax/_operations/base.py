@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from .._types import ArrayTree, PyTree
+from .._math.types import ArrayTree, PyTree
 
 
 class MatrixShape(eqx.Module):

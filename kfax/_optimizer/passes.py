@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._capture import Linearization, Problem
-from ._ema import MovingAverage
-from ._estimators import ImplicitExactBatch, ImplicitExactCurvature, total_weight
-from ._losses import Loss
-from ._sources import CurvatureSource
-from ._types import ArrayTree, Counter, Parameters, PRNGKey, Scalar
+from .._capture import Linearization, Problem
+from .._estimators import CurvatureSource, ImplicitExactBatch, ImplicitExactCurvature, total_weight
+from .._losses import Loss
+from .._math.moving_average import MovingAverage
+from .._math.types import ArrayTree, Counter, Parameters, PRNGKey, Scalar
 
 
 class Fraction(eqx.Module):

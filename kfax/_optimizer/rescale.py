@@ -6,8 +6,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
-from ._scalars import nonnegative, positive, scheduled
-from ._types import Counter, Scalar, Schedule
+from .._math.scalars import nonnegative, positive, scheduled
+from .._math.types import Counter, Scalar, Schedule
 
 
 class NormConstraint(eqx.Module):

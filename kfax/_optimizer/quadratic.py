@@ -6,8 +6,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._sources import check_deterministic, CurvatureSource, ExactGGN
-from ._types import Scalar
+from .._estimators import check_deterministic, CurvatureSource, ExactGGN
+from .._math.types import Scalar
 
 
 class QuadraticModel(eqx.Module):

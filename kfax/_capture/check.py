@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ._capture import Linearization, linearize, Problem, Reading
-from ._layers import Part, to_matrices
-from ._types import Model, PRNGKey, Where
+from .._layers import Part, to_matrices
+from .._math.types import Model, PRNGKey, Where
+from .linearize import Linearization, linearize, Problem, Reading
 
 
 def check(
@@ -48,7 +48,7 @@ def check_observed(problem: Problem, example_axis: str | None) -> None:
         with jax.default_matmul_precision("highest"):  # or accelerators would round the rebuilt gradients to 10 bits
             found = jax.block_until_ready(eqx.filter_jit(_compare)(problem, example_axis))
     except eqx.EquinoxRuntimeError as error:
-        # A wrong example axis shows only when the computation runs (see `_fold`). The message alone is what matters.
+        # A wrong example axis shows only when the computation runs (see `_slot`). The message alone is what matters.
         message = str(error).rpartition("EquinoxRuntimeError: ")[2].partition("\n\n---")[0]
         raise ValueError(message) from None
     _report(problem, *found)

@@ -6,15 +6,15 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from ._damping import DampingRule, LevenbergMarquardt, RelativeDamping, rule_of
-from ._preconditioner import Preconditioner, PreconditionerState
-from ._present import Present
-from ._quadratic import QuadraticModel
-from ._rescale import NormConstraint, Rejection
-from ._scalars import scheduled
-from ._step import layer_norms, OptimizerState, StepInfo, StepResult
-from ._tree import all_finite, combine, cond, dot, norm, select, zeros_like
-from ._types import Counter, Parameters, Scalar, Schedule
+from .._math.scalars import scheduled
+from .._math.tree import all_finite, combine, cond, dot, norm, select, zeros_like
+from .._math.types import Counter, Parameters, Scalar, Schedule
+from .damping import DampingRule, LevenbergMarquardt, RelativeDamping, rule_of
+from .preconditioner import Preconditioner, PreconditionerState
+from .present import Present
+from .quadratic import QuadraticModel
+from .rescale import NormConstraint, Rejection
+from .state import layer_norms, OptimizerState, StepInfo, StepResult
 
 
 Coefficient = Scalar | Schedule | QuadraticModel | NormConstraint

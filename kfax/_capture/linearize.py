@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._fold import ExampleAxis, Slot, Use
-from ._layers import Borrowed, borrowed, fill_slots, Part, parts
-from ._losses import Loss
-from ._objective import evaluate, Evaluation
-from ._operations import Operation
-from ._registry import parameters_of, split_parameters, trainable
-from ._tree import tie
-from ._types import ArrayTree, Model, Parameters, PRNGKey, Where
+from .._layers import Borrowed, borrowed, fill_slots, parameters_of, Part, parts, split_parameters, trainable
+from .._losses import Loss
+from .._math.tree import tie
+from .._math.types import ArrayTree, Model, Parameters, PRNGKey, Where
+from .._operations import Operation
+from .._slot import ExampleAxis, Slot, Use
+from .evaluate import evaluate, Evaluation
 
 
 Cotangents = tuple[Float[Array, "n ..."], ...]

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
-from ._blocks import Spectrum, unbounded
-from ._damping import as_damping_rule, check_blind, DampingMultiple, DampingRule, RelativeDamping
-from ._estimators import BlockDiagonalCurvature, CurvatureEstimator, Eigendecomposition, ImplicitExactCurvature
-from ._tree import anywhere, cond, keep_finite, mean, select
-from ._types import Counter, Model, Parameters, Scalar, Schedule, Where
+from .._blocks import Spectrum, unbounded
+from .._estimators import BlockDiagonalCurvature, CurvatureEstimator, Eigendecomposition, ImplicitExactCurvature
+from .._math.tree import anywhere, cond, keep_finite, mean, select
+from .._math.types import Counter, Model, Parameters, Scalar, Schedule, Where
+from .damping import as_damping_rule, check_blind, DampingMultiple, DampingRule, RelativeDamping
 
 
 class Staggered(eqx.Module):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from ._types import ArrayTree, PyTree, Scalar
+from .types import ArrayTree, PyTree, Scalar
 
 
 # Preconditioning must not lose digits to the reduced-precision matrix units of accelerators.

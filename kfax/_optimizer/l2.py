@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
-from ._layers import to_matrices
-from ._scalars import nonnegative
-from ._tree import distinct, dot
-from ._types import Model, Parameters, PyTree, Scalar, Where
+from .._layers import to_matrices
+from .._math.scalars import nonnegative
+from .._math.tree import distinct, dot
+from .._math.types import Model, Parameters, PyTree, Scalar, Where
 
 
 class L2(eqx.Module):

@@ -6,9 +6,10 @@ import math
 import equinox as eqx
 import jax
 
-from ._layers import borrowed, is_tagged, layer_parts, Part, TaggedLayer
-from ._registry import trainable
-from ._types import Model, Where
+from .._math.types import Model, Where
+from .base import is_tagged, layer_parts, Part, TaggedLayer
+from .registry import trainable
+from .shared import borrowed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,10 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
-from ._scalars import not_a_class, positive, scalar, scheduled, within_unit
-from ._sources import check_deterministic, CurvatureSource
-from ._tree import is_traced
-from ._types import Counter, Scalar, Schedule
+from .._estimators import check_deterministic, CurvatureSource
+from .._math.scalars import not_a_class, positive, scalar, scheduled, within_unit
+from .._math.tree import is_traced
+from .._math.types import Counter, Scalar, Schedule
 
 
 class DampingRule(eqx.Module):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool
 
-from ._types import ArrayTree, PyTree, Scalar
+from .types import ArrayTree, PyTree, Scalar
 
 
 def dot(x: ArrayTree, y: ArrayTree) -> Scalar:
@@ -84,7 +84,7 @@ def tie(x: ArrayTree, to: Any) -> ArrayTree:
     """Returns `x` unchanged, but mapped over every `jax.vmap` axis that an array in `to` is mapped over.
 
     An array that does not depend on a mapped input is not mapped itself; here that distinction carries meaning
-    (see `_fold`), so it is made explicit. XLA removes the operation.
+    (see `_slot`), so it is made explicit. XLA removes the operation.
     """
 
     def flag_of(leaf):

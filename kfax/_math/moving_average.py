@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
-from ._tree import zeros_like
-from ._types import ArrayTree, Scalar
+from .tree import zeros_like
+from .types import ArrayTree, Scalar
 
 
 class MovingAverage(eqx.Module):

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._capture import Cotangents
-from ._linalg import after
-from ._losses import Loss
-from ._types import Counter, PRNGKey
+from .._capture import Cotangents
+from .._losses import Loss
+from .._math.linalg import after
+from .._math.types import Counter, PRNGKey
 
 
 class CurvatureSource(eqx.Module):

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ._capture import Linearization, Problem
-from ._l2 import L2
-from ._passes import gradient_of, gram_of, loss_of
-from ._quadratic import PlaneModel, QuadraticModel
-from ._tree import all_finite, combine, dot
-from ._types import Counter, Parameters, PRNGKey, PyTree, Scalar
+from .._capture import Linearization, Problem
+from .._math.tree import all_finite, combine, dot
+from .._math.types import Counter, Parameters, PRNGKey, PyTree, Scalar
+from .l2 import L2
+from .passes import gradient_of, gram_of, loss_of
+from .quadratic import PlaneModel, QuadraticModel
 
 
 class Present(eqx.Module):

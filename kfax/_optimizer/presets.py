@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 from jaxtyping import ArrayLike
 
-from ._damping import DampingRule, LevenbergMarquardt, RelativeDamping
-from ._estimators import BlockDiagonalCurvature, CurvatureEstimator
-from ._l2 import L2
-from ._optimizer import Optimizer
-from ._preconditioner import Preconditioner, Staggered
-from ._quadratic import QuadraticModel
-from ._rescale import NormConstraint, Rejection
-from ._types import Schedule, Where
+from .._estimators import BlockDiagonalCurvature, CurvatureEstimator
+from .._math.types import Schedule, Where
+from .damping import DampingRule, LevenbergMarquardt, RelativeDamping
+from .l2 import L2
+from .optimizer import Optimizer
+from .preconditioner import Preconditioner, Staggered
+from .quadratic import QuadraticModel
+from .rescale import NormConstraint, Rejection
 
 
 def full_batch(

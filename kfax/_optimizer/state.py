@@ -6,11 +6,10 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Bool
 
-from ._layers import parts, to_matrices
-from ._preconditioner import PreconditionerState
-from ._registry import split_parameters
-from ._tree import is_traced, norm
-from ._types import Counter, Model, Parameters, Scalar, Where
+from .._layers import parts, split_parameters, to_matrices
+from .._math.tree import is_traced, norm
+from .._math.types import Counter, Model, Parameters, Scalar, Where
+from .preconditioner import PreconditionerState
 
 
 class OptimizerState(eqx.Module):

@@ -8,21 +8,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
-from ._attempt import Coefficient, Given, Rules
-from ._capture import linearize, Problem
-from ._damping import DampingRule, own_damping, RelativeDamping
-from ._estimators import CurvatureEstimator, ExplicitExactCurvature, ImplicitExactCurvature
-from ._l2 import L2
-from ._objective import split_key
-from ._preconditioner import check_period, Preconditioner
-from ._present import observe, Present, problem_with
-from ._quadratic import QuadraticModel
-from ._registry import split_parameters
-from ._rescale import NormConstraint, Rejection
-from ._scalars import nonnegative, not_a_class, positive, scalar, within_closed_unit
-from ._step import OptimizerState, parameters_for, StepInfo
-from ._tree import anywhere, cond, is_traced, zeros_like
-from ._types import Model, PRNGKey, PyTree, Schedule, Where
+from .._capture import linearize, Problem, split_key
+from .._estimators import CurvatureEstimator, ExplicitExactCurvature, ImplicitExactCurvature
+from .._layers import split_parameters
+from .._math.scalars import nonnegative, not_a_class, positive, scalar, within_closed_unit
+from .._math.tree import anywhere, cond, is_traced, zeros_like
+from .._math.types import Model, PRNGKey, PyTree, Schedule, Where
+from .attempt import Coefficient, Given, Rules
+from .damping import DampingRule, own_damping, RelativeDamping
+from .l2 import L2
+from .preconditioner import check_period, Preconditioner
+from .present import observe, Present, problem_with
+from .quadratic import QuadraticModel
+from .rescale import NormConstraint, Rejection
+from .state import OptimizerState, parameters_for, StepInfo
 
 
 class Optimizer(eqx.Module):

@@ -8,29 +8,25 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ._blocks import Block, KroneckerFactored, KroneckerSum
-from ._layers import (
-    borrowed,
+from .._blocks import Block, KroneckerFactored, KroneckerSum
+from .._math.tree import distinct
+from .._math.types import Model, Parameters, PyTree, Where
+from .._operations import Transposed
+from .base import (
     is_tagged,
     layer_parts,
     parts,
     replace_layers,
     tagged_layers,
-    TaggedBatchNorm,
-    TaggedConv,
-    TaggedConvTranspose,
-    TaggedEmbedding,
-    TaggedGRUCell,
     TaggedLayer,
-    TaggedLinear,
-    TaggedLSTMCell,
-    TaggedNorm,
-    TaggedPReLU,
     unlisted,
 )
-from ._operations import Transposed
-from ._tree import distinct
-from ._types import Model, Parameters, PyTree, Where
+from .convolution import TaggedConv, TaggedConvTranspose
+from .embedding import TaggedEmbedding
+from .linear import TaggedLinear
+from .recurrent import TaggedGRUCell, TaggedLSTMCell
+from .scale_shift import TaggedBatchNorm, TaggedNorm, TaggedPReLU
+from .shared import borrowed
 
 
 Rule = Callable[[Any], TaggedLayer] | None

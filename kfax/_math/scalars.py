@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._tree import is_traced
-from ._types import Counter, Scalar, Schedule
+from .tree import is_traced
+from .types import Counter, Scalar, Schedule
 
 
 def not_a_class(name: str, value: Any) -> Any:

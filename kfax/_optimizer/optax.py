@@ -9,15 +9,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import ArrayLike
 
-from ._capture import Problem
-from ._damping import check_blind, DampingRule, own_damping, RelativeDamping, rule_of
-from ._objective import split_key
-from ._preconditioner import Preconditioner, PreconditionerState
-from ._present import problem_with
-from ._rescale import limit
-from ._scalars import positive, scheduled
-from ._tree import all_finite, anywhere, combine, cond, dot, select, zeros_like
-from ._types import Counter, Model, Parameters, PRNGKey, Scalar, Schedule, Where
+from .._capture import Problem, split_key
+from .._math.scalars import positive, scheduled
+from .._math.tree import all_finite, anywhere, combine, cond, dot, select, zeros_like
+from .._math.types import Counter, Model, Parameters, PRNGKey, Scalar, Schedule, Where
+from .damping import check_blind, DampingRule, own_damping, RelativeDamping, rule_of
+from .preconditioner import Preconditioner, PreconditionerState
+from .present import problem_with
+from .rescale import limit
 
 
 class ScaleByCurvatureState(eqx.Module):

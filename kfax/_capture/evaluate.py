@@ -8,8 +8,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ._losses import Loss, Penalty
-from ._types import Model, PRNGKey, Scalar
+from .._losses import Loss, Penalty
+from .._math.types import Model, PRNGKey, Scalar
 
 
 class Evaluation(eqx.Module):

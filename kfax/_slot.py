@@ -19,7 +19,7 @@ function, whose rule is consulted for every mapped axis, innermost first:
   axes still outside.
 
 Therefore a slot must be mapped over exactly those axes over which its layer's *statistics* are distinct. Whoever fills
-slots ties them to everything that the computation receives from outside (see `_tree.tie`).
+slots ties them to everything that the computation receives from outside (see `_math.tree.tie`).
 
 Which of the row axes enumerates the examples? Sums over all rows never ask. A statistic that is not a plain sum, such
 as one of per-example gradients, does, and so do example weights:
@@ -49,8 +49,8 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
-from ._tree import tie
-from ._types import ArrayTree, Counter, PyTree
+from ._math.tree import tie
+from ._math.types import ArrayTree, Counter, PyTree
 
 
 _Y = TypeVar("_Y")

@@ -1,0 +1,11 @@
+from .check import check as check, check_observed as check_observed, check_values as check_values
+from .evaluate import evaluate as evaluate, Evaluation as Evaluation, split_key as split_key
+from .linearize import (
+    Cotangents as Cotangents,
+    Linearization as Linearization,
+    linearize as linearize,
+    linearize_outputs as linearize_outputs,
+    Outputs as Outputs,
+    Problem as Problem,
+    Reading as Reading,
+)

@@ -1,0 +1,1 @@
+"""Ground: types, scalars, trees, matrices and running averages. Knows nothing of models."""

@@ -1,0 +1,26 @@
+from .damping import (
+    DampingMultiple as DampingMultiple,
+    DampingRule as DampingRule,
+    FixedDamping as FixedDamping,
+    LevenbergMarquardt as LevenbergMarquardt,
+    RelativeDamping as RelativeDamping,
+    ScheduledDamping as ScheduledDamping,
+)
+from .l2 import L2 as L2
+from .optax import scale_by_curvature as scale_by_curvature, ScaleByCurvatureState as ScaleByCurvatureState
+from .optimizer import Optimizer as Optimizer
+from .passes import Fraction as Fraction
+from .preconditioner import (
+    Preconditioner as Preconditioner,
+    PreconditionerState as PreconditionerState,
+    Staggered as Staggered,
+)
+from .presets import full_batch as full_batch, stochastic as stochastic
+from .quadratic import QuadraticModel as QuadraticModel
+from .rescale import NormConstraint as NormConstraint, Rejection as Rejection
+from .state import (
+    LayerNorms as LayerNorms,
+    OptimizerState as OptimizerState,
+    StepInfo as StepInfo,
+    StepResult as StepResult,
+)

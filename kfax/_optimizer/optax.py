@@ -14,8 +14,8 @@ from .._math.scalars import positive, scheduled
 from .._math.tree import all_finite, anywhere, combine, cond, dot, select, zeros_like
 from .._math.types import Counter, Model, Parameters, PRNGKey, Scalar, Schedule, Where
 from .damping import check_blind, DampingRule, own_damping, RelativeDamping, rule_of
+from .objective import problem_with
 from .preconditioner import Preconditioner, PreconditionerState
-from .present import problem_with
 from .rescale import limit
 
 

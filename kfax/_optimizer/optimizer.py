@@ -14,14 +14,14 @@ from .._layers import split_parameters
 from .._math.scalars import nonnegative, not_a_class, positive, scalar, within_closed_unit
 from .._math.tree import anywhere, cond, is_traced, zeros_like
 from .._math.types import Model, PRNGKey, PyTree, Schedule, Where
-from .attempt import Coefficient, Given, Rules
 from .damping import DampingRule, own_damping, RelativeDamping
 from .l2 import L2
+from .objective import Objective, objective_on, problem_with
 from .preconditioner import check_period, Preconditioner
-from .present import observe, Present, problem_with
 from .quadratic import QuadraticModel
 from .rescale import NormConstraint, Rejection
 from .state import OptimizerState, parameters_for, StepInfo
+from .step import Coefficient, Overrides, StepRules
 
 
 class Optimizer(eqx.Module):
@@ -186,16 +186,16 @@ class Optimizer(eqx.Module):
 
         **Raises:** `ValueError` if model, state and batch do not fit.
         """
-        given = Given(
+        overrides = Overrides(
             None if learning_rate is None else scalar("learning_rate", learning_rate),
             None if momentum is None else scalar("momentum", momentum),
             None if damping is None else positive("damping", damping),
         )
         problem, key = self._problem(model, state, batch, key, model_state)
         due = self.preconditioner.wants_curvature(state.preconditioner, state.step)
-        present, state, failed = self._observe(problem, state, key, due)
-        attempt = self._rules.attempt(present, state, given, is_measured=self.rejection is not None)
-        parameters, state, info = self._rules.conclude(present, state, attempt, failed, self.report_layers)
+        objective, state, failed = self._observe(problem, state, key, due)
+        proposed = self._rules.propose(objective, state, overrides, is_measured=self.rejection is not None)
+        parameters, state, info = self._rules.conclude(objective, state, proposed, failed, self.report_layers)
         return eqx.combine(parameters, model), state, info
 
     def burn_in(
@@ -245,14 +245,14 @@ class Optimizer(eqx.Module):
         if self._rules.rule.wants_ratio(state.step) is False:
             raise ValueError("`calibrate` needs a damping that adapts, such as `kfax.LevenbergMarquardt(1.0)`.")
         problem, key = self._problem(model, state, batch, key, model_state)
-        present, state, _ = self._observe(problem, state, key, due=True)
+        objective, state, _ = self._observe(problem, state, key, due=True)
         fresh = eqx.tree_at(lambda s: s.preconditioner.is_stale, state, jnp.ones((), bool))
 
         def adjust(carry):
             number, direction, count = carry
             start = eqx.tree_at(lambda s: s.damping, fresh, number)
-            attempt = self._rules.attempt(present, start, Given(), is_measured=True)
-            new = self._rules.adjusted(number, attempt, True, undone=~jnp.isfinite(attempt.after))
+            proposed = self._rules.propose(objective, start, Overrides(), is_measured=True)
+            new = self._rules.adjusted(number, proposed, True, undone=~jnp.isfinite(proposed.after))
             towards = jnp.sign(new - number)
             turned = towards * direction < 0
             return jnp.where(turned, jnp.maximum(number, new), new), jnp.where(turned, 0, towards), count + 1
@@ -264,7 +264,7 @@ class Optimizer(eqx.Module):
         # At first there is no direction that it could turn from.
         start = (state.damping, jnp.full_like(state.damping, jnp.nan), jnp.zeros((), jnp.int32))
         number, *_ = jax.lax.while_loop(goes_on, adjust, start)
-        return eqx.tree_at(lambda s: s.damping, fresh, jnp.where(present.is_good, number, state.damping))
+        return eqx.tree_at(lambda s: s.damping, fresh, jnp.where(objective.is_good, number, state.damping))
 
     def state_axes(self, state: OptimizerState) -> PyTree:
         """`in_axes` and `out_axes` of a state for `equinox.filter_vmap` over an ensemble: all arrays but the counter.
@@ -282,8 +282,8 @@ class Optimizer(eqx.Module):
         return eqx.tree_at(lambda s: s.step, axes, None)
 
     @property
-    def _rules(self) -> Rules:
-        return Rules(self.learning_rate, self.momentum, self.damping, self.preconditioner, self.rejection)
+    def _rules(self) -> StepRules:
+        return StepRules(self.learning_rate, self.momentum, self.damping, self.preconditioner, self.rejection)
 
     def _problem(
         self, model: Model, state: OptimizerState, batch: Any, key: PRNGKey | None, model_state: Any
@@ -295,7 +295,7 @@ class Optimizer(eqx.Module):
 
     def _observe(
         self, problem: Problem, state: OptimizerState, key: PRNGKey | None, due: Bool[Array, ""] | bool
-    ) -> tuple[Present, OptimizerState, Bool[Array, ""]]:
+    ) -> tuple[Objective, OptimizerState, Bool[Array, ""]]:
         """Runs the batch, and takes its curvature into the state if that is due and finite; and whether it is not."""
         estimator, curvature = self.estimator, state.curvature
         for_anyone = due if due is True else anywhere(due)
@@ -310,15 +310,15 @@ class Optimizer(eqx.Module):
         arguments = (problem, self.l2, self.micro_batches, key)
         if self.preconditioner.batch is None:
             start = None if self.micro_batches == 1 else estimator.nothing(curvature)
-            present, measured = observe(*arguments, estimator.linearize, measure, start)
+            objective, measured = objective_on(*arguments, estimator.linearize, measure, start)
         else:
-            present, _ = observe(*arguments, linearize, lambda linearization, key, measured: None, None)
+            objective, _ = objective_on(*arguments, linearize, lambda linearization, key, measured: None, None)
             part = problem_with(problem, self.preconditioner.part_of(problem.batch, state.step))
             new = lambda: estimator.measure(estimator.linearize(part), key)  # noqa: E731
             measured = cond(for_anyone, new, lambda: estimator.nothing(curvature))
-        fold = lambda: self.preconditioner.fold(state.preconditioner, measured, present.is_good & due)  # noqa: E731
+        fold = lambda: self.preconditioner.fold(state.preconditioner, measured, objective.is_good & due)  # noqa: E731
         preconditioner, failed = cond(for_anyone, fold, lambda: (state.preconditioner, jnp.zeros((), bool)))
-        return present, eqx.tree_at(lambda s: s.preconditioner, state, preconditioner), failed
+        return objective, eqx.tree_at(lambda s: s.preconditioner, state, preconditioner), failed
 
 
 # Enough for a factor of 1e11 by the default adjustments.

@@ -53,7 +53,7 @@ class Fraction(eqx.Module):
         return jax.tree.map(part, batch)
 
 
-class Outcome(eqx.Module):
+class PassResult(eqx.Module):
     """What came of one pass over a batch.
 
     **Fields:**
@@ -70,13 +70,13 @@ class Outcome(eqx.Module):
     aux: Any
 
 
-def in_parts(
+def over_micro_batches(
     problem: Problem,
     number: int,
     key: PRNGKey | None,
-    run: Callable[[Problem, PRNGKey | None, Any], tuple[Outcome, Any]],
+    run: Callable[[Problem, PRNGKey | None, Any], tuple[PassResult, Any]],
     carry: Any,
-) -> tuple[Outcome, Any]:
+) -> tuple[PassResult, Any]:
     """Runs a problem's batch in a number of equal parts, one after the other.
 
     **Arguments:**
@@ -84,10 +84,10 @@ def in_parts(
     - `problem`: with the whole batch.
     - `number`: of parts.
     - `key`: split among the parts, as that of the problem is.
-    - `run`: `(problem, key, carry) -> (outcome, carry)` for one part. The model state is handed on.
+    - `run`: `(problem, key, carry) -> (result, carry)` for one part. The model state is handed on.
     - `carry`: a PyTree of arrays.
 
-    **Returns:** the outcome for all parts, its means weighted; and the last carry.
+    **Returns:** the result for all parts, its means weighted; and the last carry.
     """
     if number == 1:
         return run(problem, key, carry)
@@ -98,10 +98,10 @@ def in_parts(
     def one(batch, keys, state, carry):
         batch, state = eqx.combine(batch, rest), eqx.combine(state, fixed)
         part = Problem(problem.loss_fn, problem.model, batch, keys[0], state, problem.frozen)
-        outcome, carry = run(part, keys[1], carry)
-        aux, others = eqx.partition(outcome.aux, eqx.is_array)
+        result, carry = run(part, keys[1], carry)
+        aux, others = eqx.partition(result.aux, eqx.is_array)
         static.append(others)
-        return outcome.means, outcome.weight, eqx.filter(outcome.model_state, eqx.is_array), aux, carry
+        return result.means, result.weight, eqx.filter(result.model_state, eqx.is_array), aux, carry
 
     def body(loop, xs):
         mean, state, carry = loop
@@ -113,7 +113,7 @@ def in_parts(
     means, weight, *_ = eqx.filter_eval_shape(one, first_batch, first_keys, state, carry)
     empty = MovingAverage(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), means), jnp.zeros((), weight.dtype))
     (mean, state, carry), aux = jax.lax.scan(body, (empty, state, carry), (batches, keys))
-    return Outcome(mean.value, mean.weight, eqx.combine(state, fixed), eqx.combine(aux, static[-1])), carry
+    return PassResult(mean.value, mean.weight, eqx.combine(state, fixed), eqx.combine(aux, static[-1])), carry
 
 
 def gradient_of(
@@ -123,12 +123,12 @@ def gradient_of(
     linearize: Callable[[Problem], Linearization],
     measure: Callable[[Linearization, PRNGKey | None, Any], Any],
     measured: Any,
-) -> tuple[Outcome, Any]:
+) -> tuple[PassResult, Any]:
     """Loss and gradient of a batch, and what is measured along the way.
 
     **Arguments:**
 
-    - `problem`, `number`, `key`: as for `in_parts`.
+    - `problem`, `number`, `key`: as for `over_micro_batches`.
     - `linearize`: runs the model.
     - `measure`: `(linearization, key, measured) -> measured`, for each part.
     - `measured`: what `measure` starts from.
@@ -140,9 +140,9 @@ def gradient_of(
         means = {"loss": evaluation.value(), "gradient": linearization.gradient()}
         measured = measure(linearization, key, measured)
         weight = _weight(evaluation.losses, number)
-        return Outcome(means, weight, evaluation.model_state, evaluation.aux), measured
+        return PassResult(means, weight, evaluation.model_state, evaluation.aux), measured
 
-    return in_parts(problem, number, key, run, measured)
+    return over_micro_batches(problem, number, key, run, measured)
 
 
 def loss_of(problem: Problem, number: int, parameters: Parameters) -> Scalar:
@@ -152,9 +152,9 @@ def loss_of(problem: Problem, number: int, parameters: Parameters) -> Scalar:
         del key
         evaluation = problem.evaluate(parameters)
         weight = _weight(evaluation.losses, number)
-        return Outcome({"loss": evaluation.value()}, weight, evaluation.model_state, None), carry
+        return PassResult({"loss": evaluation.value()}, weight, evaluation.model_state, None), carry
 
-    return in_parts(problem, number, None, run, None)[0].means["loss"]
+    return over_micro_batches(problem, number, None, run, None)[0].means["loss"]
 
 
 def gram_of(
@@ -169,9 +169,9 @@ def gram_of(
         state = exact.init(problem.model, frozen=problem.frozen)
         state = exact.fold(state, ImplicitExactBatch(problem, None, None))
         means = {"gram": exact.gram(state, directions)}
-        return Outcome(means, total_weight(evaluation.losses), evaluation.model_state, None), carry
+        return PassResult(means, total_weight(evaluation.losses), evaluation.model_state, None), carry
 
-    return in_parts(problem, number, None, run, None)[0].means["gram"]
+    return over_micro_batches(problem, number, None, run, None)[0].means["gram"]
 
 
 def _weight(losses: tuple[Loss, ...], number: int) -> Scalar:

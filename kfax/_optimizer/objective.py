@@ -16,7 +16,7 @@ from .passes import gradient_of, gram_of, loss_of
 from .quadratic import PlaneModel, QuadraticModel
 
 
-class Present(eqx.Module):
+class Objective(eqx.Module):
     """The objective, with its L2 term, on one batch.
 
     **Fields:**
@@ -66,7 +66,7 @@ class Present(eqx.Module):
         return dot(self.gradient, update) + dot(update, product) / 2
 
 
-def observe(
+def objective_on(
     problem: Problem,
     l2: L2,
     micro_batches: int,
@@ -74,23 +74,23 @@ def observe(
     linearize: Callable[[Problem], Linearization],
     measure: Callable[[Linearization, PRNGKey | None, Any], Any],
     measured: Any,
-) -> tuple[Present, Any]:
+) -> tuple[Objective, Any]:
     """Runs a batch forward and backward; for the arguments see `gradient_of`."""
     parameters = problem.parameters
-    outcome, measured = gradient_of(problem, micro_batches, key, linearize, measure, measured)
-    _check_model_state(problem.model_state, outcome.model_state)
+    result, measured = gradient_of(problem, micro_batches, key, linearize, measure, measured)
+    _check_model_state(problem.model_state, result.model_state)
     mask = l2.mask(problem.model, parameters)
-    present = Present(
+    objective = Objective(
         problem=problem,
         l2=l2,
         mask=mask,
         micro_batches=micro_batches,
-        loss=outcome.means["loss"] + l2.value(mask, parameters),
-        gradient=combine((1, 1), (outcome.means["gradient"], l2.multiply(mask, parameters))),
-        model_state=outcome.model_state,
-        aux=outcome.aux,
+        loss=result.means["loss"] + l2.value(mask, parameters),
+        gradient=combine((1, 1), (result.means["gradient"], l2.multiply(mask, parameters))),
+        model_state=result.model_state,
+        aux=result.aux,
     )
-    return present, measured
+    return objective, measured
 
 
 def _check_model_state(old: Any, new: Any) -> None:

@@ -10,8 +10,8 @@ from .._math.scalars import scheduled
 from .._math.tree import all_finite, combine, cond, dot, norm, select, zeros_like
 from .._math.types import Counter, Parameters, Scalar, Schedule
 from .damping import DampingRule, LevenbergMarquardt, RelativeDamping, rule_of
+from .objective import Objective
 from .preconditioner import Preconditioner, PreconditionerState
-from .present import Present
 from .quadratic import QuadraticModel
 from .rescale import NormConstraint, Rejection
 from .state import layer_norms, OptimizerState, StepInfo, StepResult
@@ -20,7 +20,7 @@ from .state import layer_norms, OptimizerState, StepInfo, StepResult
 Coefficient = Scalar | Schedule | QuadraticModel | NormConstraint
 
 
-class Given(eqx.Module):
+class Overrides(eqx.Module):
     """What is given to a single step, in place of what the optimizer would choose."""
 
     learning_rate: Scalar | None = None
@@ -28,7 +28,7 @@ class Given(eqx.Module):
     damping: Scalar | None = None
 
 
-class Attempt(eqx.Module):
+class ProposedStep(eqx.Module):
     """A step that is proposed.
 
     **Fields:**
@@ -39,7 +39,7 @@ class Attempt(eqx.Module):
     - `coefficients`: learning rate and momentum.
     - `preconditioner`: its state, refreshed if that was due.
     - `failed`: whether an inverse failed, or there is none yet.
-    - `is_given`: whether another one was taken.
+    - `is_overridden`: whether another one was taken.
     - `damping`: λ.
     - `is_measured`: whether the following are known.
     - `change`: of the objective, as predicted; may be known in any case.
@@ -53,7 +53,7 @@ class Attempt(eqx.Module):
     coefficients: tuple[Scalar, Scalar]
     preconditioner: PreconditionerState
     failed: Bool[Array, ""]
-    is_given: bool = eqx.field(static=True)
+    is_overridden: bool = eqx.field(static=True)
     damping: Scalar
     is_measured: Bool[Array, ""]
     change: Scalar
@@ -61,7 +61,7 @@ class Attempt(eqx.Module):
     ratio: Scalar
 
 
-class Rules(eqx.Module):
+class StepRules(eqx.Module):
     """How the optimizer chooses a step, and whether it takes it."""
 
     learning_rate: Coefficient
@@ -83,29 +83,31 @@ class Rules(eqx.Module):
         damping, own = self.preconditioner.dampings(self.damping, number, state.preconditioner, parameters, state.step)
         return damping, {key: own + eta for key, eta in l2.items()} if isinstance(l2, dict) else own + l2
 
-    def attempt(self, present: Present, state: OptimizerState, given: Given, is_measured: bool) -> Attempt:
+    def propose(
+        self, objective: Objective, state: OptimizerState, overrides: Overrides, is_measured: bool
+    ) -> ProposedStep:
         """**Arguments:**
 
-        - `present`: the objective.
+        - `objective`: on this batch.
         - `state`: with the batch in its estimate of the curvature.
-        - `given`: what is not to be chosen.
+        - `overrides`: what is not to be chosen.
         - `is_measured`: whether to evaluate the objective after the step, also if the damping rule does not ask for it.
         """
-        parameters = present.problem.parameters
-        l2 = present.l2.damping(present.mask, parameters)
-        damping, damped = self.dampings(state, parameters, l2, given.damping)
+        parameters = objective.problem.parameters
+        l2 = objective.l2.damping(objective.mask, parameters)
+        damping, damped = self.dampings(state, parameters, l2, overrides.damping)
         preconditioner, failed = self.preconditioner.maybe_refresh(state.preconditioner, parameters, damped, state.step)
-        descent = combine((-1,), (self.preconditioner.apply(preconditioner, present.gradient, damped),))
+        descent = combine((-1,), (self.preconditioner.apply(preconditioner, objective.gradient, damped),))
         directions = (descent, state.velocity)
-        coefficients, predicted = self._coefficients(present, given, damping, directions, state.step)
+        coefficients, predicted = self._coefficients(objective, overrides, damping, directions, state.step)
         update = combine(coefficients, directions)
         new = combine((1, 1), (parameters, update))
-        dtype = present.loss.dtype
+        dtype = objective.loss.dtype
         unknown = jnp.full((), jnp.nan, dtype)
 
         def measure():
-            change = self._predict(present, preconditioner, update, state.step) if predicted is None else predicted
-            return change.astype(dtype), present.loss_at(new).astype(dtype)
+            change = self._predict(objective, preconditioner, update, state.step) if predicted is None else predicted
+            return change.astype(dtype), objective.loss_at(new).astype(dtype)
 
         def do_not_measure():
             return unknown if predicted is None else predicted.astype(dtype), unknown
@@ -114,62 +116,62 @@ class Rules(eqx.Module):
         change, after = do_not_measure() if wanted is False else cond(wanted, measure, do_not_measure)
         if isinstance(self.rule, LevenbergMarquardt) and self.rule.includes_damping:
             change += (damping * dot(update, update) / 2).astype(dtype)
-        return Attempt(
+        return ProposedStep(
             parameters=new,
             update=update,
             descent=descent,
             coefficients=coefficients,
             preconditioner=preconditioner,
-            failed=failed | _is_stuck(present.gradient, descent),
-            is_given=given.damping is not None,
+            failed=failed | _is_stuck(objective.gradient, descent),
+            is_overridden=overrides.damping is not None,
             damping=damping,
             is_measured=jnp.asarray(wanted),
             change=change,
             after=after,
-            ratio=(after - present.loss) / change,
+            ratio=(after - objective.loss) / change,
         )
 
     def adjusted(
-        self, stored: Scalar, attempt: Attempt, wanted: Bool[Array, ""] | bool, undone: Bool[Array, ""]
+        self, stored: Scalar, proposed: ProposedStep, wanted: Bool[Array, ""] | bool, undone: Bool[Array, ""]
     ) -> Scalar:
         """What the damping rule stores after a step, if it is wanted; and after one that is undone in any case."""
-        if attempt.is_given:
+        if proposed.is_overridden:
             return stored
         # Where no decrease was predicted the ratio says nothing.
-        tells = undone | (wanted & ~(attempt.change >= 0))
-        new = self.rule.update(stored, jnp.where(undone, jnp.nan, attempt.ratio))
+        tells = undone | (wanted & ~(proposed.change >= 0))
+        new = self.rule.update(stored, jnp.where(undone, jnp.nan, proposed.ratio))
         return jnp.where(tells, new, stored)
 
     def conclude(
         self,
-        present: Present,
+        objective: Objective,
         state: OptimizerState,
-        attempt: Attempt,
+        proposed: ProposedStep,
         bad_curvature: Bool[Array, ""],
         report_layers: bool,
     ) -> tuple[Parameters, OptimizerState, StepInfo]:
         """Takes the proposed step if it is good; parameters, state and report after it."""
-        is_good, is_finite = present.is_good, all_finite(attempt.parameters)
-        accept = jnp.isfinite if self.rejection is None else self.rejection.accepts(present.loss)
-        is_bad_step = attempt.is_measured & ~accept(attempt.after)
+        is_good, is_finite = objective.is_good, all_finite(proposed.parameters)
+        accept = jnp.isfinite if self.rejection is None else self.rejection.accepts(objective.loss)
+        is_bad_step = proposed.is_measured & ~accept(proposed.after)
         accepted = is_good & is_finite & ~is_bad_step
         undone = is_good & ~accepted
         # A velocity that led nowhere, and not for the first time, is what may have to go.
         again = ~is_finite | state.was_undone | (self.rejection is None)
         stay = select(undone & again, zeros_like(state.velocity), state.velocity)
-        stale = attempt.preconditioner.is_stale | undone
-        adjusted = self.adjusted(state.damping, attempt, self.rule.wants_ratio(state.step), undone)
+        stale = proposed.preconditioner.is_stale | undone
+        adjusted = self.adjusted(state.damping, proposed, self.rule.wants_ratio(state.step), undone)
         new_state = OptimizerState(
             step=state.step + 1,
             damping=jnp.where(is_good, adjusted, state.damping),
-            velocity=select(accepted, attempt.update, stay),
-            preconditioner=eqx.tree_at(lambda p: p.is_stale, attempt.preconditioner, stale),
+            velocity=select(accepted, proposed.update, stay),
+            preconditioner=eqx.tree_at(lambda p: p.is_stale, proposed.preconditioner, stale),
             was_undone=jnp.where(is_good, undone, state.was_undone),
         )
-        applied = select(accepted, attempt.update, zeros_like(attempt.update))
-        vectors = (present.problem.parameters, present.gradient, attempt.descent, applied)
+        applied = select(accepted, proposed.update, zeros_like(proposed.update))
+        vectors = (objective.problem.parameters, objective.gradient, proposed.descent, applied)
         return (
-            select(accepted, attempt.parameters, present.problem.parameters),
+            select(accepted, proposed.parameters, objective.problem.parameters),
             new_state,
             StepInfo(
                 step=state.step,
@@ -177,40 +179,40 @@ class Rules(eqx.Module):
                     (~is_good, StepResult.non_finite_batch),
                     (~is_finite, StepResult.non_finite_update),
                     (is_bad_step, StepResult.rejected),
-                    (attempt.failed, StepResult.non_finite_inverse),
+                    (proposed.failed, StepResult.non_finite_inverse),
                     (bad_curvature, StepResult.non_finite_curvature),
                 ),
-                loss=present.loss,
-                gradient_norm=norm(present.gradient),
+                loss=objective.loss,
+                gradient_norm=norm(objective.gradient),
                 update_norm=norm(applied),
-                learning_rate=attempt.coefficients[0],
-                momentum=attempt.coefficients[1],
-                damping=attempt.damping,
-                predicted_change=attempt.change,
-                reduction_ratio=attempt.ratio,
+                learning_rate=proposed.coefficients[0],
+                momentum=proposed.coefficients[1],
+                damping=proposed.damping,
+                predicted_change=proposed.change,
+                reduction_ratio=proposed.ratio,
                 layers=layer_norms(*vectors) if report_layers else None,
-                model_state=_keep(accepted, present.model_state, present.problem.model_state),
-                aux=present.aux,
+                model_state=_keep(accepted, objective.model_state, objective.problem.model_state),
+                aux=objective.aux,
             ),
         )
 
     def _coefficients(
         self,
-        present: Present,
-        given: Given,
+        objective: Objective,
+        overrides: Overrides,
         damping: Scalar,
         directions: tuple[Parameters, Parameters],
         step: Counter,
     ) -> tuple[tuple[Scalar, Scalar], Scalar | None]:
         """Learning rate and momentum, and the change that the exact quadratic model predicts if it was asked."""
-        learning_rate = _choose("learning_rate", self.learning_rate, given.learning_rate, step)
-        momentum = _choose("momentum", self.momentum, given.momentum, step)
+        learning_rate = _choose("learning_rate", self.learning_rate, overrides.learning_rate, step)
+        momentum = _choose("momentum", self.momentum, overrides.momentum, step)
         if learning_rate is not None and isinstance(self.learning_rate, NormConstraint):
-            squared_norm = -dot(present.gradient, directions[0])
+            squared_norm = -dot(objective.gradient, directions[0])
             learning_rate = self.learning_rate.limit(learning_rate, squared_norm, step)
         if learning_rate is not None and momentum is not None:
             return (learning_rate, momentum), None
-        plane = present.plane(self._model, directions, step)
+        plane = objective.plane(self._model, directions, step)
         coefficients = plane.minimize(damping, learning_rate, momentum)
         return coefficients, plane.change(jnp.stack(coefficients))
 
@@ -219,13 +221,13 @@ class Rules(eqx.Module):
         return next(each for each in (self.learning_rate, self.momentum) if isinstance(each, QuadraticModel))
 
     def _predict(
-        self, present: Present, preconditioner: PreconditionerState, update: Parameters, step: Counter
+        self, objective: Objective, preconditioner: PreconditionerState, update: Parameters, step: Counter
     ) -> Scalar:
         """The change that a quadratic model predicts where no coefficient was chosen by one."""
         if isinstance(self.rule, LevenbergMarquardt) and self.rule.exact_model is not None:
-            return present.plane(QuadraticModel(self.rule.exact_model), (update,), step).change(jnp.ones(1))
+            return objective.plane(QuadraticModel(self.rule.exact_model), (update,), step).change(jnp.ones(1))
         estimator = self.preconditioner.estimator
-        return present.predict(lambda v: estimator.multiply(preconditioner.curvature, v), update)
+        return objective.predict(lambda v: estimator.multiply(preconditioner.curvature, v), update)
 
 
 def _choose(name: str, coefficient: Coefficient, given: Scalar | None, step: Counter) -> Scalar | None:

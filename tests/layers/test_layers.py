@@ -10,7 +10,7 @@ import pytest
 from cases import grid
 from helpers import assert_close, parameters
 from jax.flatten_util import ravel_pytree
-from layers import CONTAINERS, LAYERS, REPARAMETRIZATIONS, WITHOUT_PARAMETERS
+from layer_cases import CONTAINERS, LAYERS, REPARAMETRIZATIONS, WITHOUT_PARAMETERS
 from reference import ggn
 
 import kfax

@@ -17,7 +17,7 @@ from cases import grid, make_case
 import kfax
 
 
-EXAMPLE = pathlib.Path(__file__).parent.parent / "examples" / "resume.py"
+EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "resume.py"
 AUTO = kfax.QuadraticModel()
 OPTIMIZERS = {
     "full batch": kfax.full_batch,

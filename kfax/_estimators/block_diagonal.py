@@ -28,7 +28,7 @@ from .base import (
 from .damping import damping_by_key, damping_by_parameter
 from .eigendecomposition import BlockEigendecomposition
 from .products import VECTORS
-from .sources import CurvaturePropagation, CurvatureSource
+from .sources import column, CurvaturePropagation, CurvatureSource
 
 
 class BlockDiagonalState(eqx.Module):
@@ -250,7 +250,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         losses, source = linearization.losses, self.source
 
         def one(index):
-            recorded = linearization.observe(source.cotangents(losses, index, key))
+            recorded = linearization.observe(column(source, losses, index, key))
             moments = {
                 key: part.block.second_moment(part.operation.shape(), recorded[key].cotangents)
                 for key, part in found.items()

@@ -21,6 +21,7 @@ class CurvatureSource(eqx.Module):
     $M_n = Q_n Q_n^\top$ is, exactly or in expectation, the Hessian of the losses of one example in their outputs, or
     the Fisher information of these, or another such matrix. The outputs of all losses are one vector here. Q has K
     columns, the cotangents to be pulled back. All is per example, not divided by n, and has the losses' weights in it.
+    Where examples may see each other, the columns of different examples have to be uncorrelated.
 
     A random source draws the same Q for the same key, in all methods. To define a source subclass
     [`kfax.CotangentSource`][], which needs the columns only.
@@ -253,8 +254,27 @@ class EmpiricalFisher(CotangentSource):
         return tuple(loss.weigh(loss.gradient()) for loss in losses)
 
 
+def column(source: CurvatureSource, losses: tuple[Loss, ...], index: Counter, key: PRNGKey | None) -> Cotangents:
+    """A source's cotangents for one pass, such that those of different examples are uncorrelated.
+
+    One pass pulls back the outputs of all examples. Where examples see each other, what comes from different ones adds
+    up in the cotangents of a layer. A random sign for each example removes it from their second moment, on average;
+    where they do not, nothing changes. A source that draws random numbers has no need of signs.
+    """
+    vectors = source.cotangents(losses, index, key)
+    if not _is_deterministic(source):
+        return vectors
+    key = jax.random.fold_in(jax.random.key(0) if key is None else key, index)
+    signs = jax.random.rademacher(key, (len(vectors[0]),), vectors[0].dtype)
+    return tuple(vector * signs.reshape(-1, *(1,) * (vector.ndim - 1)).astype(vector.dtype) for vector in vectors)
+
+
+def _is_deterministic(source: CurvatureSource) -> bool:
+    return isinstance(source, ExactGGN | ExactFisher | EmpiricalFisher)
+
+
 def check_deterministic(name: str, source: CurvatureSource) -> CurvatureSource:
-    if not isinstance(source, ExactGGN | ExactFisher | EmpiricalFisher):
+    if not _is_deterministic(source):
         raise ValueError(
             f"`{name}` of a quadratic model must be `kfax.ExactGGN()`, `kfax.ExactFisher()` or "
             f"`kfax.EmpiricalFisher()`, got {source!r}."

@@ -87,6 +87,14 @@ class ExampleAxis:
                 "model, or leave `example_axis` out to use the outermost mapped axis."
             ) from error
 
+    def summed(self) -> str:
+        """What is wrong where the cotangents of a masked layer were added up over the examples before it saw them."""
+        return (
+            f"The layer at `{self.path}` computes the same for every example, so that only a named axis lets "
+            "`kfax.masked` tell the examples apart. Name the axis of the examples: "
+            '`jax.vmap(model, axis_name="batch")` in `loss_fn`, and `example_axis="batch"` for the estimator.'
+        )
+
     def fault(self, found: int | None) -> str | None:
         """What is wrong if the axis has size `found` (`None` if there is no such axis), or `None` if nothing is."""
         if found == self.size or (self.name is not None and found is not None and self.is_sum):
@@ -145,7 +153,8 @@ class Slot(eqx.Module):
     - `statistic`: from a `Use` to something like `value`.
     - `axis`: which mapped axis enumerates the examples.
     - `ndim`: how many axes the first array in `value` has for a single layer, without stack axes.
-    - `on_backward`: called when a backward pass begins to be traced; may raise an error.
+    - `on_forward`, `on_backward`: called when the layer is called, and when a backward pass through it begins to be
+        traced; may raise an error.
     - `present`: whether the next call counts, as told by [`kfax.masked`][]; `None` if it does. Carries the same stack
         axes as `value`.
     """
@@ -155,8 +164,14 @@ class Slot(eqx.Module):
     statistic: Callable[[Use], ArrayTree] = eqx.field(static=True)
     axis: ExampleAxis = eqx.field(static=True)
     ndim: int = eqx.field(static=True, default=0)
+    on_forward: Callable[[], None] = eqx.field(static=True, default=lambda: None)
     on_backward: Callable[[], None] = eqx.field(static=True, default=lambda: None)
     present: Bool[Array, "*stack"] | None = None
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether there is a layer for each element of leading axes."""
+        return jax.tree.leaves(self.value)[0].ndim > self.ndim
 
     def masked(self, mask: Bool[Array, ""]) -> "Slot":
         """The slot for a call that counts only if `mask` holds."""
@@ -165,7 +180,18 @@ class Slot(eqx.Module):
         return dataclasses.replace(self, present=mask if self.present is None else self.present & mask)
 
 
-def observe(y: _Y, x: PyTree, slot: Slot | None, context: PyTree = None) -> _Y:
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Hidden:
+    """A slot that is no leaf of the tree it is in, and goes through transformations as what a function closes over."""
+
+    slot: Slot
+
+    def masked(self, mask: Bool[Array, ""]) -> "Hidden":
+        return Hidden(self.slot.masked(mask))
+
+
+def observe(y: _Y, x: PyTree, slot: Slot | Hidden | None, context: PyTree = None) -> _Y:
     """Returns `y`, and lets `slot` see the input `x` and, in the backward pass, the cotangent of `y`.
 
     To be called by a tagged layer for each output `y` that is computed from `x` by its parameters: arrays, or PyTrees
@@ -175,6 +201,8 @@ def observe(y: _Y, x: PyTree, slot: Slot | None, context: PyTree = None) -> _Y:
     """
     if slot is None:
         return y
+    slot = slot.slot if isinstance(slot, Hidden) else slot
+    slot.on_forward()
     observed, rest = eqx.partition(y, eqx.is_inexact_array)
     x = jax.tree.map(jnp.asarray, x)
     ndims = jax.tree.map(jnp.ndim, x), jax.tree.map(jnp.ndim, observed)
@@ -183,7 +211,7 @@ def observe(y: _Y, x: PyTree, slot: Slot | None, context: PyTree = None) -> _Y:
 
 
 def _observer(slot: Slot, x_ndims: PyTree, y_ndims: PyTree) -> Callable:
-    fold = _make_fold(_row_statistic(slot, x_ndims, y_ndims), num_stacks=0, named=slot.axis.name is not None)
+    fold = _make_fold(_row_statistic(slot, x_ndims, y_ndims), num_stacks=0, axis=slot.axis)
 
     @jax.custom_vjp
     def observer(y, x, value, weights, marker, present, context):
@@ -255,7 +283,9 @@ def _like(present: Bool[Array, "n p"], array: Array) -> Bool[Array, "n p ..."]:
     return present.reshape(*present.shape, *(1,) * (array.ndim - 2))
 
 
-def _make_fold(statistic: Callable, num_stacks: int, named: bool, seen: bool = False, num_rows: int = 0) -> Callable:
+def _make_fold(
+    statistic: Callable, num_stacks: int, axis: ExampleAxis, seen: bool = False, num_rows: int = 0
+) -> Callable:
     """Builds `fold(value, weights, marker, present, context, x, dy)`.
 
     The operands have the axes `(*stacks, *rows, *one call)`, those of a layer itself without rows. `seen` says that
@@ -279,7 +309,7 @@ def _make_fold(statistic: Callable, num_stacks: int, named: bool, seen: bool = F
         layer_mapped, rows_mapped = (mapped[0], mapped[1], mapped[4]), (mapped[3], mapped[5], mapped[6])
         present, x, dy = jax.tree.map(broadcast, of_rows, rows_mapped)
         is_stacked = any(jax.tree.leaves(mapped[0]))
-        is_examples = named and not seen and any(jax.tree.leaves(mapped[2]))
+        is_examples = axis.name is not None and not seen and any(jax.tree.leaves(mapped[2]))
 
         if is_stacked and not is_examples:
             # One layer for each element: one statistic for each element.
@@ -288,16 +318,18 @@ def _make_fold(statistic: Callable, num_stacks: int, named: bool, seen: bool = F
             def stacked(seen, *operands):
                 return jax.vmap(functools.partial(statistic, seen))(*operands)
 
-            fold = _make_fold(stacked, num_stacks + 1, named, seen, num_rows)
+            fold = _make_fold(stacked, num_stacks + 1, axis, seen, num_rows)
             out = fold(value, weights, marker, present, context, x, dy)
             return out, jax.tree.map(lambda _: True, out)
 
         # One layer for all elements: the axis enumerates rows.
+        if axis.name is None and not any(jax.tree.leaves(rows_mapped[1:])):
+            raise ValueError(axis.summed())
         if is_stacked:
             value, weights, context = jax.tree.map(one, of_layer, layer_mapped)
         position = num_stacks + (1 if seen else 0)
         present, x, dy = jax.tree.map(lambda array: jnp.moveaxis(array, 0, position), (present, x, dy))
-        fold = _make_fold(statistic, num_stacks, named, seen or is_examples, num_rows + 1)
+        fold = _make_fold(statistic, num_stacks, axis, seen or is_examples, num_rows + 1)
         marker = None if is_examples else marker
         if not is_stacked:
             out = fold(value, weights, marker, present, context, x, dy)

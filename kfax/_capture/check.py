@@ -1,6 +1,9 @@
-"""Whether everything that the model does with its weights was observed."""
+"""Whether everything that the model does with its weights was observed, and example by example."""
 
-from collections.abc import Callable
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -9,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from .._layers import Part, to_matrices
+from .._layers import Part, parts, to_matrices
 from .._math.types import Model, PRNGKey, Where
 from .linearize import Linearization, linearize, Problem, Reading
 
@@ -26,53 +29,98 @@ def check(
 ) -> None:
     """Checks a tagged model against a loss function, on one batch.
 
-    For a random cotangent of the outputs the gradient of each layer's weights is computed twice: by differentiating
-    the model, and from the inputs and output cotangents that the layer's tag observed. They agree unless a weight is
-    also used where its tag cannot see it (`model.embedding.weight.T`, a rescaled copy). Curvature would then be
-    wrong, and nothing would show it. Loss and gradient must also be finite. Costs a pass forward through the model and
-    two backward, compiled. Whether a block suits its layer shows when curvature is first estimated.
+    For a random cotangent of the outputs, in which every example has a random weight, the gradient of each layer's
+    weights is computed twice: by differentiating the model, and from the inputs and output cotangents that the layer's
+    tag observed, weighted along the axis that is taken for that of the examples. They agree unless a weight is also
+    used where its tag cannot see it (`model.embedding.weight.T`, a rescaled copy), or the axis is another one, or
+    examples see each other. Curvature would then be wrong, and nothing would show it. Loss and gradient must also be
+    finite. Costs a pass forward through the model and three backward, compiled; more only to find out what is wrong.
+    Whether a block suits its layer shows when curvature is first estimated.
 
     **Arguments:** as for [`kfax.Optimizer`][] and its `init`, which calls this.
 
     **Returns:** nothing.
 
-    **Raises:** `ValueError` naming the layer whose weight is used behind its tag's back, or for a loss or gradient that
-    is not finite, or for whatever is found wrong while the model is traced.
+    **Raises:** `ValueError` naming the layer whose weight is used behind its tag's back, or around which the axis of
+    the examples has to be named; or for a loss or gradient that is not finite, or for whatever is found wrong while the
+    model is traced. Warns if examples see each other, for instance by negatives within the batch; not if they do by
+    an `equinox.nn.BatchNorm` and the axis is named.
     """
     check_observed(Problem(loss_fn, model, batch, key, model_state, frozen), example_axis)
 
 
 def check_observed(problem: Problem, example_axis: str | None) -> None:
-    """Whether loss and gradient are finite, and every use of a weight was observed."""
+    """Whether loss and gradient are finite, and every use of a weight was observed, example by example."""
+    value, is_finite, gaps, bare = _run(problem, example_axis, _random_weights)
+    _report_finite(problem, value, is_finite, gaps)
+    if _differ(np.asarray(value, float), np.asarray(bare, float), value.dtype):
+        raise ValueError(
+            f"`loss_fn` gives {float(value):.6g} while kfax observes the layers, and {float(bare):.6g} otherwise: it "
+            "computes with all arrays of the model, among which are those by which stacked layers are observed. Take "
+            "`kfax.parameters_of(model)` in place of the model, or an `l2` of the optimizer."
+        )
+    doubtful = {path: gap for path, gap in gaps.items() if not gap.is_rounding}
+    if not doubtful:
+        return
+    # Why? Without weights the axis makes no difference: only what was not observed leaves a gap of the same order.
+    plain = _run(problem, example_axis, jnp.ones)[2]
+    faults = [path for path in doubtful if not plain[path].is_rounding or _of_same_order(plain[path], doubtful[path])]
+    _report_unobserved({path: float(plain[path].relative) for path in faults})
+    whole = [path for path, gap in doubtful.items() if not gap.in_parts]  # where examples were seen all at once
+    if whole:
+        _report_examples(problem, example_axis, whole)
+
+
+def _run(problem: Problem, example_axis: str | None, weigh: Callable[[int], Array]) -> Any:
     try:
         with jax.default_matmul_precision("highest"):  # or accelerators would round the rebuilt gradients to 10 bits
-            found = jax.block_until_ready(eqx.filter_jit(_compare)(problem, example_axis))
+            return jax.block_until_ready(eqx.filter_jit(_compare)(problem, example_axis, weigh))
     except eqx.EquinoxRuntimeError as error:
         # A wrong example axis shows only when the computation runs (see `_slot`). The message alone is what matters.
         message = str(error).rpartition("EquinoxRuntimeError: ")[2].partition("\n\n---")[0]
         raise ValueError(message) from None
-    _report(problem, *found)
 
 
 def check_values(problem: Problem) -> None:
     """Whether loss and gradient are finite."""
-    _report(problem, *eqx.filter_jit(lambda problem: _values(linearize(problem)))(problem), {})
+    _report_finite(problem, *eqx.filter_jit(lambda problem: _values(linearize(problem)))(problem), {})
 
 
-def _report(problem: Problem, value: Array, is_finite: dict[str, Array], gaps: dict[str, Array]) -> None:
+class _Gap(eqx.Module):
+    """What differs between the two gradients of a layer.
+
+    **Fields:**
+
+    - `relative`: their relative distance.
+    - `is_rounding`: whether rounding explains it.
+    - `in_parts`: whether the layer saw the examples in parts, so that they could not be weighted.
+    """
+
+    relative: Float[Array, ""]
+    is_rounding: Bool[Array, ""]
+    in_parts: Bool[Array, ""]
+
+
+def _of_same_order(plain: _Gap, weighted: _Gap) -> bool:
+    return bool(4 * plain.relative > weighted.relative)
+
+
+def _report_finite(problem: Problem, value: Array, is_finite: dict[str, Array], gaps: dict[str, _Gap]) -> None:
     if not np.isfinite(value):
         raise ValueError(_not_finite_message(float(value), problem.batch, problem.model))
-    faults = {path: float(gap) for path, gap in gaps.items() if gap != 0}
-    undefined = [f"`{path}`" for path in is_finite if not is_finite[path] or not np.isfinite(faults.get(path, 0))]
-    if undefined:
+    finite = {path: is_finite[path] and (path not in gaps or np.isfinite(gaps[path].relative)) for path in is_finite}
+    if not all(finite.values()):
         raise ValueError(
-            f"The loss is finite, but its gradient in the parameters of {', '.join(undefined)} is not: look for a "
-            "square root, a logarithm or a division at zero after the layer or in the loss, also where its result is "
-            "not used."
+            f"The loss is finite, but its gradient in the parameters of {_named(p for p in finite if not finite[p])} "
+            "is not: look for a square root, a logarithm or a division at zero after the layer or in the loss, also "
+            "where its result is not used."
         )
+
+
+def _report_unobserved(faults: dict[str, float]) -> None:
     if faults:
         worst = max(faults, key=lambda path: faults[path])
-        others = f" (and also: {', '.join(f'`{path}`' for path in faults if path != worst)})" if len(faults) > 1 else ""
+        others = f" (and also: {_named(path for path in faults if path != worst)})" if len(faults) > 1 else ""
         raise ValueError(
             f"The gradient of the layer at `{worst}`, rebuilt from the inputs and output cotangents that its tag "
             f"observed, is off by {100 * faults[worst]:.3g}%{others}. Its weights are also used behind its tag's back: "
@@ -84,6 +132,75 @@ def _report(problem: Problem, value: Array, is_finite: dict[str, Array], gaps: d
         )
 
 
+def _report_examples(problem: Problem, example_axis: str | None, paths: list[str]) -> None:
+    """What is wrong where the rows that were observed for an example are not those that its loss depends on."""
+    sees = _examples_see_each_other(problem)
+    axis = "the outermost mapped axis" if example_axis is None else f"the axis named {example_axis!r}"
+    remedy = (
+        'Name the axis of the examples: `jax.vmap(model, axis_name="batch")` in `loss_fn`, and `example_axis="batch"` '
+        "for the estimator."
+    )
+    if sees is False or (sees is None and example_axis is None):
+        raise ValueError(
+            f"Around {_named(paths)}, {axis} does not enumerate the examples, though it has as many elements; or the "
+            f"layer computes the same for every example, and cannot see them. {remedy}"
+        )
+    if example_axis is not None and _has_batch_norm(problem.model):
+        return  # which is what users expect of it, and what `coverage` says
+    doubt = "" if example_axis is not None else f" Whether {axis} is theirs cannot be told by values then. {remedy}"
+    warnings.warn(
+        "Examples see each other, as in a batch normalization or by negatives within the batch: the blocks of "
+        f"{_named(paths)} leave out what is between different examples, which exact estimators have.{doubt}",
+        stacklevel=5,
+    )
+
+
+def _has_batch_norm(model: Model) -> bool:
+    def is_norm(node):
+        return isinstance(node, eqx.nn.BatchNorm)
+
+    return any(map(is_norm, jax.tree.leaves(model, is_leaf=is_norm)))
+
+
+def _named(paths: Iterable[str]) -> str:
+    return ", ".join(f"`{path}`" for path in paths)
+
+
+def _examples_see_each_other(problem: Problem) -> bool | None:
+    """Whether outputs of the first half of the examples change with the second; `None` if there is no telling.
+
+    Examples are expected on axis 0 of the arrays of the batch.
+    """
+
+    def outputs(problem):
+        return tuple(loss.outputs for loss in problem.evaluate(problem.parameters).losses)
+
+    number = eqx.filter_eval_shape(outputs, problem)[0].shape[0]
+    half = (number + 1) // 2
+
+    def is_of_examples(leaf):
+        return eqx.is_array(leaf) and leaf.ndim > 0 and leaf.shape[0] == number
+
+    if half == number or not any(map(is_of_examples, jax.tree.leaves(problem.batch))):
+        return None
+    repeated = jax.tree.map(
+        lambda leaf: leaf[jnp.arange(number) % half] if is_of_examples(leaf) else leaf, problem.batch
+    )
+    run = eqx.filter_jit(outputs)
+    pairs = zip(run(problem), run(dataclasses.replace(problem, batch=repeated)), strict=True)
+    return any(_differ(np.asarray(x[:half], float), np.asarray(y[:half], float), x.dtype) for x, y in pairs)
+
+
+def _differ(x: np.ndarray, y: np.ndarray, dtype: Any) -> bool:
+    """By more than rounding in a different order."""
+    scale = max(np.linalg.norm(x), np.linalg.norm(y))
+    return bool(np.linalg.norm(x - y) > float(jnp.finfo(dtype).eps) ** 0.75 * scale)
+
+
+def _random_weights(number: int) -> Float[Array, " n"]:
+    return jax.random.uniform(jax.random.key(1), (number,), maxval=2.0)
+
+
 def _values(linearization: Linearization) -> tuple[Array, dict[str, Bool[Array, ""]]]:
     """The loss, and for each layer whether its gradient is finite."""
     gradients = to_matrices(linearization.gradient())
@@ -91,22 +208,32 @@ def _values(linearization: Linearization) -> tuple[Array, dict[str, Bool[Array, 
 
 
 def _compare(
-    problem: Problem, example_axis: str | None
-) -> tuple[Array, dict[str, Bool[Array, ""]], dict[str, Float[Array, ""]]]:
-    """`_values`, and for each layer the relative gap between the two gradients, or zero if within rounding."""
-    linearization = linearize(problem, _read_gradient, example_axis=example_axis)
+    problem: Problem, example_axis: str | None, weigh: Callable[[int], Array]
+) -> tuple[Array, dict[str, Bool[Array, ""]], dict[str, _Gap], Array]:
+    """`_values`; how each layer's two gradients differ if examples have the weights that `weigh` makes; the bare loss.
+
+    The last is the loss of a model whose slots are empty, where some are leaves of it.
+    """
+    linearization = linearize(problem, functools.partial(_read_gradient, weigh), example_axis=example_axis)
     losses = linearization.losses
     keys = jax.random.split(jax.random.key(0), len(losses))
     shapes = [loss.outputs for loss in losses]
     cotangents = tuple(jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, shapes, strict=True))
-    gradient, observed = linearization.pull(cotangents)
-    true = to_matrices(gradient)
-    return *_values(linearization), {path: _gap(true[path], *observed[path]) for path in observed}
+    weights = weigh(linearization.evaluation.num_examples)
+    true = to_matrices(linearization.pull(tuple(_by_example(weights, u) for u in cotangents))[0])
+    observed = linearization.observe(cotangents)
+    gaps = {path: _gap(true[path], *observed[path]) for path in observed}
+    value, is_finite = _values(linearization)
+    is_stacked = any(part.operation.shape().stack for part in parts(problem.parameters).values())
+    return value, is_finite, gaps, problem.evaluate(problem.parameters).value() if is_stacked else value
 
 
-def _read_gradient(part: Part, num_examples: int) -> Reading:
-    """Reads the gradient of V by the observed rows, that of their absolute values, and how coarse the numbers are."""
-    del num_examples
+def _by_example(weights: Float[Array, " n"], array: Array) -> Array:
+    return array * weights.reshape(-1, *(1,) * (array.ndim - 1)).astype(array.dtype)
+
+
+def _read_gradient(weigh: Callable[[int], Array], part: Part, num_examples: int) -> Reading:
+    """Reads the gradient of V by the observed rows, and what `_gap` asks besides."""
     shape = part.operation.shape()
     dtype = shape.statistics_dtype
 
@@ -116,7 +243,10 @@ def _read_gradient(part: Part, num_examples: int) -> Reading:
         return jnp.pad(gradient, [(0, 0)] * (gradient.ndim - 1) + [(0, missing)])
 
     def statistic(operation, use):
-        x, dy = rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (use.x, use.dy))
+        in_parts = use.num_examples != num_examples
+        weights = jnp.ones(use.num_examples) if in_parts else weigh(num_examples)
+        dy = jax.tree.map(lambda leaf: _by_example(weights, leaf), use.dy)
+        x, dy = rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (use.x, dy))
         abs_x, abs_dy = jax.tree.map(lambda leaf: jnp.abs(leaf) if _is_float(leaf) else leaf, rows)
         dtypes = [shape.dtype, *(leaf.dtype for leaf in jax.tree.leaves(rows) if _is_float(leaf))]
         coarsest = max(jnp.finfo(each).eps for each in dtypes)
@@ -124,18 +254,19 @@ def _read_gradient(part: Part, num_examples: int) -> Reading:
             read(operation, x, dy, use.context),
             read(operation, abs_x, abs_dy, use.context),
             jnp.asarray(coarsest, dtype),
+            jnp.asarray(in_parts, dtype),
         )
 
-    zeros = jnp.zeros((*shape.leading, shape.d_g, shape.d_a), dtype)
-    return Reading((zeros, zeros, jnp.zeros(shape.stack, dtype)), statistic, is_sum=True)
+    zeros, count = jnp.zeros((*shape.leading, shape.d_g, shape.d_a), dtype), jnp.zeros(shape.stack, dtype)
+    return Reading((zeros, zeros, count, count), statistic, is_sum=True)
 
 
 def _is_float(leaf: Array) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def _gap(true: Array, observed: Array, magnitude: Array, resolution: Array) -> Float[Array, ""]:
-    """The relative distance, or zero where rounding explains it.
+def _gap(true: Array, observed: Array, magnitude: Array, resolution: Array, in_parts: Array) -> _Gap:
+    """The relative distance of two gradients, and whether rounding explains it.
 
     A sum of products of rounded numbers is off by about `resolution` (of which there is one for each use, added up)
     times the sum of their magnitudes; that alone matters where the gradient vanishes. What lies between the two is
@@ -146,7 +277,8 @@ def _gap(true: Array, observed: Array, magnitude: Array, resolution: Array) -> F
     distance = jnp.linalg.norm(true - observed)
     total = jnp.linalg.norm(magnitude)  # of functions that are not defined for absolute values, nothing
     allowed = resolution**0.375 * largest + 8 * resolution * jnp.where(jnp.isfinite(total), total, 0)
-    return jnp.where(distance <= allowed, 0, distance / jnp.where(largest > 0, largest, 1))
+    relative = distance / jnp.where(largest > 0, largest, 1)
+    return _Gap(relative, distance <= allowed, jnp.any(in_parts > 0))
 
 
 def _not_finite_message(value: float, batch: Any, model: Model) -> str:

@@ -1,8 +1,9 @@
 """One linearization of the model, and what is pulled back through it: gradients, and the statistics of its layers."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -129,7 +130,8 @@ class Outputs(eqx.Module):
     def push(self, vector: Parameters) -> Cotangents:
         """`v -> Jv`."""
         zeros = tuple(jnp.zeros_like(loss.outputs) for loss in self.losses)
-        return jax.vjp(self.pull, zeros)[1](vector)[0]
+        with _explained(_PUSH):
+            return jax.vjp(self.pull, zeros)[1](vector)[0]
 
 
 def linearize_outputs(problem: Problem) -> Outputs:
@@ -198,13 +200,8 @@ def linearize(
         with run:
             return call(parameters, filled)
 
-    try:
+    with _explained(_FORWARD):
         terms, pullback, (state, aux) = eqx.filter_vjp(observed, parameters, values, has_aux=True)
-    except TypeError as error:
-        # What JAX says of a jvp through `observe`.
-        if "forward-mode" not in str(error):
-            raise
-        raise ValueError(f"`loss_fn` differentiates a tagged layer. {_NOT_DIFFERENTIATED}") from error
     return Linearization(problem, Evaluation(*terms, state, aux), weights, pullback)
 
 
@@ -214,6 +211,37 @@ _NOT_DIFFERENTIATED = (
     "example, take it of `kfax.untag(model)`, with `jax.lax.stop_gradient` of the result. "
     "`kfax.ImplicitExactCurvature()` has no such limit."
 )
+_OUT_OF_SIGHT = (
+    "is called by a `jax.custom_vjp` function, as in a reversible network, or by `diffrax.BacksolveAdjoint`: its "
+    "derivative is then another function's, where it cannot be observed. Leave the derivative to JAX (in diffrax to "
+    "the default adjoint), or wrap the module around that function in `kfax.TaggedModule`."
+)
+_ONLY_BACKWARD = (
+    "Products with the Jacobian, which `kfax.QuadraticModel`, `kfax.full_batch` and the exact estimators need, cannot "
+    "be had of this model: its backward pass has a `while_loop` (that of diffrax's default adjoint has). Give the "
+    "solver another adjoint, such as `diffrax.DirectAdjoint()`, or choose learning rate and momentum by numbers or "
+    "schedules, as `kfax.stochastic` does."
+)
+
+# By what JAX says of it: of one or several `jvp`s through `observe`, and of a slot that is not an argument.
+_FORWARD = {
+    "forward-mode": f"`loss_fn` differentiates a tagged layer. {_NOT_DIFFERENTIATED}",
+    "custom_lin": f"`loss_fn` differentiates a tagged layer. {_NOT_DIFFERENTIATED}",
+    "closed-over value": f"A tagged layer {_OUT_OF_SIGHT}",
+}
+_PUSH = {"while_loop": _ONLY_BACKWARD}
+
+
+@contextlib.contextmanager
+def _explained(explanations: Mapping[str, str]) -> Iterator[None]:
+    """Replaces what JAX cannot say of kfax's use of it; should JAX's wording change, its own error is seen."""
+    try:
+        yield
+    except Exception as error:
+        for words, explanation in explanations.items():
+            if words in str(error):
+                raise ValueError(explanation) from error
+        raise
 
 
 def _slots(
@@ -260,6 +288,10 @@ def _slot(
             )
         return found
 
+    def on_forward():
+        if not run.active:  # a forward pass within the backward pass
+            raise ValueError(f"The layer at `{path}` {_OUT_OF_SIGHT}")
+
     def on_backward():
         if run.active:  # a backward pass within the forward pass
             raise ValueError(f"`loss_fn` differentiates the layer at `{path}`. {_NOT_DIFFERENTIATED}")
@@ -268,7 +300,7 @@ def _slot(
     stacked = None if weights is None else jnp.broadcast_to(weights, (*stack, num_examples))
     axis = ExampleAxis(example_axis, num_examples, reading.is_sum and weights is None, path)
     ndim = jax.tree.leaves(reading.zeros)[0].ndim - len(stack)
-    return Slot(reading.zeros, stacked, statistic, axis, ndim, on_backward)
+    return Slot(reading.zeros, stacked, statistic, axis, ndim, on_forward, on_backward)
 
 
 def _observed(part: Part, operation: Operation, use: Use) -> str:

@@ -14,11 +14,11 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 from .._blocks import Block
 from .._math.types import Model, Parameters, PyTree
 from .._operations import Operation
-from .._slot import observe, Slot
+from .._slot import Hidden, observe, Slot
 
 
 Blocks: TypeAlias = Block | dict[str, Block]
-Slots: TypeAlias = dict[str, tuple[Slot, ...]] | None
+Slots: TypeAlias = dict[str, tuple[Slot | Hidden, ...]] | None
 
 
 class TaggedLayer(eqx.Module):
@@ -173,16 +173,35 @@ def replace_layers(tree: Model, layers: Mapping[str, TaggedLayer]) -> Model:
 
 
 def fill_slots(model: Model, slots: Mapping[tuple[str, str], tuple[Slot, ...]]) -> Model:
-    """The model with slots filled for operations, given by path and name."""
+    """The model with slots filled for operations, given by path and name.
+
+    Only those of stacked layers become leaves of it, which `jax.vmap` and `jax.lax.scan` take apart with the layers.
+    """
     layers = tagged_layers(model)
     by_path: dict[str, dict[str, tuple[Slot, ...]]] = {}
     for (path, name), filled in slots.items():
         by_path.setdefault(path, {})[name] = filled
 
     def fill(layer, filled):
-        return eqx.tree_at(lambda tagged: tagged.slots, layer, filled, is_leaf=lambda x: x is None)
+        held = {
+            name: tuple(slot if slot.is_stacked else Hidden(slot) for slot in each) for name, each in filled.items()
+        }
+        return _with_slots(layer, held)
 
     return replace_layers(model, {path: fill(layers[path], filled) for path, filled in by_path.items()})
+
+
+def empty_slots(model: Model) -> Model:
+    """The model as it was before its slots were filled."""
+    return jax.tree.map(
+        lambda node: _with_slots(node, None) if is_tagged(node) and node.slots is not None else node,
+        model,
+        is_leaf=is_tagged,
+    )
+
+
+def _with_slots(layer: TaggedLayer, slots: Slots) -> TaggedLayer:
+    return eqx.tree_at(lambda tagged: tagged.slots, layer, slots, is_leaf=lambda node: node is layer.slots)
 
 
 def masked(module: Model, mask: ArrayLike) -> Model:
@@ -214,7 +233,7 @@ def masked(module: Model, mask: ArrayLike) -> Model:
         if not is_tagged(node) or node.slots is None:
             return node
         slots = {name: tuple(slot.masked(present) for slot in filled) for name, filled in node.slots.items()}
-        return eqx.tree_at(lambda tagged: tagged.slots, node, slots)
+        return _with_slots(node, slots)
 
     return jax.tree.map(mark, module, is_leaf=is_tagged)
 

@@ -9,6 +9,7 @@ import jax
 from .._math.types import Model, Where
 from .base import is_tagged, layer_parts, Part, TaggedLayer
 from .registry import trainable
+from .scale_shift import TaggedBatchNorm
 from .shared import borrowed
 
 
@@ -72,7 +73,9 @@ class Coverage:
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
         rule = "-" * len(text[0])
-        return "\n".join(line.rstrip() for line in [text[0], rule, *text[1:-1], rule, text[-1]])
+        mixing = ", ".join(f"`{row.path}`" for row in self.rows if row.layer == TaggedBatchNorm.__name__)
+        note = [f"Examples see each other by {mixing}: blocks leave out what is between them."] if mixing else []
+        return "\n".join(line.rstrip() for line in [text[0], rule, *text[1:-1], rule, text[-1], *note])
 
 
 def coverage(model: Model, *, frozen: Where | None = None) -> Coverage:

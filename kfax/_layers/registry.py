@@ -13,6 +13,7 @@ from .._math.tree import distinct
 from .._math.types import Model, Parameters, PyTree, Where
 from .._operations import Transposed
 from .base import (
+    empty_slots,
     is_tagged,
     layer_parts,
     parts,
@@ -235,6 +236,7 @@ def parameters_of(model: Model, *, frozen: Where | None = None) -> Parameters:
 
     **Returns:** the model with `None` in place of everything else, such as integers, functions and what is frozen.
     """
+    model = empty_slots(model)  # within a `loss_fn` they may be filled
     return eqx.filter(model, trainable(model, frozen))
 
 

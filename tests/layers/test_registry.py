@@ -187,3 +187,10 @@ def test_coverage_as_a_table(custom):
     assert "frozen" in lines[2]
     assert ".layers['out']" in lines[4]
     assert lines[-1].startswith("total") and "60" in lines[-1]
+
+
+def test_coverage_says_that_a_batch_normalization_mixes_examples(key):
+    norm = eqx.nn.BatchNorm(3, "batch", mode="batch")
+    model = kfax.tag(eqx.nn.Sequential([eqx.nn.Linear(2, 3, key=key), norm]))
+    assert "Examples see each other by `.layers[1]`" in str(kfax.coverage(model))
+    assert "Examples see" not in str(kfax.coverage(kfax.tag(eqx.nn.Linear(2, 3, key=key))))

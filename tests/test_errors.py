@@ -155,7 +155,7 @@ def test_what_a_second_newcomer_met(case):
 
     with pytest.raises(ValueError, match="`damping` must be positive, got -1"):
         optimizer(case.loss_fn, damping=Negative(jnp.asarray(1.0))).init(case.model, case.batch)
-    with pytest.raises(ValueError, match="`weights` of `softmax_cross_entropy` must not be negative"):
+    with pytest.raises(ValueError, match="`weights` of `softmax_cross_entropy` must be finite"):
         kfax.softmax_cross_entropy(jnp.ones((3, 2)), jnp.zeros(3, int), weights=jnp.array([1.0, -1.0, 1.0]))
     with pytest.raises(ValueError, match=r"`kfax.Dense` takes a matrix, got a weight of shape \(4,\)"):
         kfax.Dense(jnp.ones(4)).shape()

@@ -291,7 +291,7 @@ def _not_finite_message(value: float, batch: Any, model: Model) -> str:
         reason = f"There are NaNs or infinities in {', '.join(found)}: remove or mask them."
     else:
         reason = (
-            "Batch and model are finite: look for labels outside the range of classes, for a division by zero in the "
-            "model, or for an overflow of half precision."
+            "Batch and model are finite: look for labels outside the range of classes, for negative weights of "
+            "examples, for a division by zero in the model, or for an overflow of half precision."
         )
     return f"The loss is {value} at the initial parameters. {reason}"

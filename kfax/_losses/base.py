@@ -1,6 +1,7 @@
 """What kfax needs to know of a loss: its value, and its curvature in the model's outputs."""
 
 import abc
+import math
 from typing import Any
 
 import equinox as eqx
@@ -19,7 +20,7 @@ class Weighting(eqx.Module):
 
     $$h = \frac{c}{\sum_n w_n} \sum_n w_n \frac1R \sum_p m_{np} \ell_{np}$$
 
-    An example with no unmasked position at all has weight zero.
+    An example with no unmasked position at all has weight zero. With a weight that is negative or not finite, h is NaN.
 
     **Fields:**
 
@@ -45,13 +46,19 @@ class Weighting(eqx.Module):
         if not self.is_weighted:
             return None
         weights = self._counting(num_examples)
+        # Of very large or small numbers the sum or its reciprocal, by which XLA divides, could not be represented.
+        weights = weights * jnp.where(jnp.max(weights) > 1, 2.0**-64, 2.0**64).astype(weights.dtype)
         mean = jnp.mean(weights)
-        return jnp.where(mean > 0, weights / jnp.where(mean > 0, mean, 1), 0)
+        return weights / jnp.where(mean == 0, 1, mean)
 
     def total(self, num_examples: int) -> Scalar:
-        """The denominator: `R Σ w_n`, over the examples that are not masked throughout."""
+        """The denominator: `R Σ w_n`, over the examples that are not masked throughout.
+
+        At most the root of the largest number (1.8e19 in float32), so that it can be added up over batches.
+        """
         total = jnp.sum(self._counting(num_examples))
-        return total if self.positions is None else self.positions * total
+        total = total if self.positions is None else self.positions * total
+        return jnp.minimum(total, math.sqrt(jnp.finfo(total.dtype).max))
 
     def coefficients(self, shape: tuple[int, ...]) -> Float[Array, "n ..."]:
         """The factor, relative to 1/n, with which each example and position counts; broadcasts against `shape`."""
@@ -68,9 +75,12 @@ class Weighting(eqx.Module):
         return coefficients.reshape(*coefficients.shape, *(1,) * (len(shape) - coefficients.ndim))
 
     def _counting(self, num_examples: int) -> Float[Array, " n"]:
-        """The weights, with zero for what is masked throughout."""
+        """The weights, with zero for what is masked throughout; NaNs if there is a number that is no weight."""
         weights = jnp.ones(num_examples, self.scale.dtype) if self.weights is None else self.weights
-        return weights if self.mask is None else weights * jnp.any(self.mask.reshape(num_examples, -1), axis=1)
+        weights = jnp.where(jnp.all(_is_weight(weights)), weights, jnp.nan)
+        if self.mask is None:
+            return weights
+        return jnp.where(jnp.any(self.mask.reshape(num_examples, -1), axis=1), weights, 0)
 
 
 class Loss(eqx.Module):
@@ -164,12 +174,14 @@ class Loss(eqx.Module):
                 f"A kfax Loss is multiplied by a single number, not by an array of shape {factor.shape}: give weights "
                 "of examples to the function that makes the loss, as `weights=`."
             )
-        if not is_traced(factor) and not float(factor) >= 0:
+        if not is_traced(other) and not _is_weight(float(other)):
             raise ValueError(
-                f"A kfax Loss is multiplied by numbers that are not negative, got {float(factor)}: its curvature would "
-                "be negative too. Add what is to be maximized as a `kfax.Penalty`, whose curvature is left out."
+                f"A kfax Loss is multiplied by numbers that are finite and not negative, got {float(other)}: its "
+                "curvature would be negative too. Add what is to be maximized as a `kfax.Penalty`, whose curvature is "
+                "left out."
             )
-        return eqx.tree_at(lambda loss: loss.weighting.scale, self, scale * factor.astype(scale.dtype))
+        scale *= jnp.where(_is_weight(factor), factor, jnp.nan).astype(scale.dtype)
+        return eqx.tree_at(lambda loss: loss.weighting.scale, self, scale)
 
     __rmul__ = __mul__
 
@@ -249,14 +261,17 @@ def make_weighting(
     num_examples = outputs.shape[0]
     dtype = jnp.promote_types(outputs.dtype, jnp.float32)
     if weights is not None:
-        weights = jnp.asarray(weights, dtype)
+        given, weights = weights, jnp.asarray(weights, dtype)
         if weights.shape != (num_examples,):
             raise ValueError(
                 f"`weights` of `{name}` must have one number for each example, shape {(num_examples,)}, got "
                 f"{weights.shape}. To leave out positions within an example use `mask`."
             )
-        if not is_traced(weights) and np.any(np.asarray(weights) < 0):
-            raise ValueError(f"`weights` of `{name}` must not be negative.")
+        # Of what was given: within `jit` an array that is made of known numbers is traced.
+        if not is_traced(given) and not np.all(_is_weight(np.asarray(given))):
+            raise ValueError(
+                f"`weights` of `{name}` must be finite and not negative. Of an example that is not to count it is 0."
+            )
     if mask is not None:
         mask = jnp.asarray(mask)
         if mask.dtype != jnp.bool_ or mask.ndim == 0 or mask.shape != positions[: mask.ndim]:
@@ -283,6 +298,10 @@ def weigh_outputs(
     positions = outputs.shape[:-1] if outputs.ndim > 1 else outputs.shape
     weighting = make_weighting(name, outputs, positions, weights, mask, mean_over_positions)
     return hide(outputs, weighting), weighting
+
+
+def _is_weight(number: Any) -> Any:
+    return (number >= 0) & (number < np.inf)
 
 
 def hide(array: Array, weighting: Weighting) -> Array:

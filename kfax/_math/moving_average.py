@@ -30,6 +30,6 @@ class MovingAverage(eqx.Module):
 
     def update(self, new: ArrayTree, decay: Scalar, weight: ArrayLike = 1) -> "MovingAverage":
         total = decay.astype(self.weight.dtype) * self.weight + weight
-        share = jnp.where(total > 0, weight / jnp.where(total > 0, total, 1), 0)
+        share = weight / jnp.where(total == 0, 1, total)
         value = jax.tree.map(lambda old, x: old + (x - old) * share.astype(old.dtype), self.value, new)
         return MovingAverage(value, total)

@@ -104,8 +104,9 @@ class BlockDiagonalCurvature(CurvatureEstimator):
     def fold_finite(
         self, state: BlockDiagonalState, measured: MovingAverage, is_good: Bool[Array, ""]
     ) -> tuple[BlockDiagonalState, Bool[Array, ""]]:
-        finite = all_finite(measured)
-        return select(is_good & finite, self.fold(state, measured), state), ~finite
+        folded = self.fold(state, measured)
+        finite = all_finite(folded.average)
+        return select(is_good & finite, folded, state), ~finite
 
     def weight(self, state: BlockDiagonalState) -> Scalar:
         return state.average.weight

@@ -124,8 +124,9 @@ class ExplicitExactCurvature(CurvatureEstimator):
     def fold_finite(
         self, state: ExplicitExactState, measured: ExplicitExactBatch, is_good: Bool[Array, ""]
     ) -> tuple[ExplicitExactState, Bool[Array, ""]]:
-        finite = all_finite(measured)
-        return select(is_good & finite, self.fold(state, measured), state), ~finite
+        folded = self.fold(state, measured)
+        finite = all_finite(folded.average)
+        return select(is_good & finite, folded, state), ~finite
 
     def weight(self, state: ExplicitExactState) -> Scalar:
         return state.average.weight

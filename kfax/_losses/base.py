@@ -174,9 +174,9 @@ class Loss(eqx.Module):
                 f"A kfax Loss is multiplied by a single number, not by an array of shape {factor.shape}: give weights "
                 "of examples to the function that makes the loss, as `weights=`."
             )
-        if not is_traced(other) and not _is_weight(float(other)):
+        if not is_traced(other) and not _is_weight(np.asarray(other)):
             raise ValueError(
-                f"A kfax Loss is multiplied by numbers that are finite and not negative, got {float(other)}: its "
+                f"A kfax Loss is multiplied by numbers that are finite and not negative, got {other}: its "
                 "curvature would be negative too. Add what is to be maximized as a `kfax.Penalty`, whose curvature is "
                 "left out."
             )

@@ -1,12 +1,20 @@
-"""Numbers and schedules that a user gives, checked."""
+"""Numbers and schedules that a user gives, checked.
 
+What is known to be out of its range is an error. Within `jit` it cannot be: a number that is not known becomes NaN if
+it is out of its range or not finite, and whoever uses it asks `are_valid`.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
 
 from .tree import is_traced
-from .types import Counter, Scalar, Schedule
+from .types import Counter, PyTree, Scalar, Schedule
 
 
 def not_a_class(name: str, value: Any) -> Any:
@@ -34,46 +42,54 @@ def scalar(name: str, value: Any) -> Scalar:
     return array
 
 
+def finite(name: str, value: Any) -> Scalar:
+    """A scalar array, checked to be neither NaN nor infinite."""
+    return _checked(name, value, lambda x: x == x, "be finite")
+
+
 def positive(name: str, value: Any) -> Scalar:
-    """A scalar array, checked to be positive if its value can be known."""
-    array = scalar(name, value)
-    if not is_traced(array) and not float(array) > 0:
-        advice = (
-            " Damping keeps the inverse of a singular curvature finite; for as little as is safe in float32 try 1e-8 "
-            "times the largest curvature."
-        )
-        raise ValueError(f"`{name}` must be positive, got {value}.{advice if name in ('damping', 'initial') else ''}")
-    return array
+    """A scalar array, checked to be positive and finite."""
+    advice = (
+        " Damping keeps the inverse of a singular curvature finite; for as little as is safe in float32 try 1e-8 times "
+        "the largest curvature."
+    )
+    return _checked(
+        name, value, lambda x: x > 0, "be positive and finite", advice if name in ("damping", "initial") else ""
+    )
 
 
 def nonnegative(name: str, value: Any) -> Scalar:
-    """A scalar array, checked not to be negative if its value can be known."""
-    array = scalar(name, value)
-    if not is_traced(array) and not float(array) >= 0:
-        raise ValueError(f"`{name}` must not be negative, got {value}.")
-    return array
+    """A scalar array, checked not to be negative, and to be finite."""
+    return _checked(name, value, lambda x: x >= 0, "not be negative or infinite")
 
 
 def within_closed_unit(name: str, value: Any) -> Scalar:
-    """A scalar array, checked to be in [0, 1] if its value can be known."""
-    array = scalar(name, value)
-    if not is_traced(array) and not 0 <= float(array) <= 1:
-        raise ValueError(f"`{name}` must be in [0, 1], got {value}.")
-    return array
+    """A scalar array, checked to be in [0, 1]."""
+    return _checked(name, value, lambda x: (x >= 0) & (x <= 1), "be in [0, 1]")
 
 
 def within_unit(name: str, value: Any) -> Scalar:
-    """A scalar array, checked to be in (0, 1] if its value can be known."""
+    """A scalar array, checked to be in (0, 1]."""
+    return _checked(name, value, lambda x: (x > 0) & (x <= 1), "be in (0, 1]")
+
+
+def _checked(name: str, value: Any, is_in_range: Callable[[Any], Any], rule: str, advice: str = "") -> Scalar:
+    """A scalar array that is finite and in its range: an error if the value is known not to be, or else NaN."""
     array = scalar(name, value)
-    if not is_traced(array) and not 0 < float(array) <= 1:
-        raise ValueError(f"`{name}` must be in (0, 1], got {value}.")
+    if is_traced(value):
+        return jnp.where(jnp.isfinite(array) & is_in_range(array), array, jnp.nan)
+    with np.errstate(over="ignore"):
+        number = np.asarray(value).astype(array.dtype)  # `array` itself may be traced
+    if not (np.isfinite(number) & is_in_range(number)):
+        raise ValueError(f"`{name}` must {rule}, got {value}.{advice}")
     return array
 
 
-def scheduled(name: str, schedule: Schedule, step: Counter) -> Scalar:
-    """What a schedule says for a step."""
+def scheduled(name: str, schedule: Schedule, step: Counter, check: Callable[[str, Any], Scalar]) -> Scalar:
+    """What a schedule says for a step, checked by one of the functions above."""
     try:
-        value = jnp.asarray(schedule(step), jnp.result_type(float))
+        found = schedule(step)
+        value = jnp.asarray(found, jnp.result_type(float))
     except jax.errors.ConcretizationTypeError as error:
         raise ValueError(
             f"The schedule for `{name}` asks for the value of the step, as by `if`, which is not known while it is "
@@ -86,4 +102,10 @@ def scheduled(name: str, schedule: Schedule, step: Counter) -> Scalar:
             f"The schedule for `{name}` must return a single number for a step, but it returned an array of shape "
             f"{value.shape}. Return a scalar, as the schedules of optax do."
         )
-    return value
+    return check(name, found)  # which may be known where `value` is traced
+
+
+def are_valid(settings: PyTree) -> Bool[Array, ""]:
+    """Whether none of the numbers among some settings was out of its range: NaN stands for those that were."""
+    numbers = jax.tree.leaves(eqx.filter(settings, eqx.is_inexact_array))
+    return ~jnp.any(jnp.stack([jnp.any(jnp.isnan(number)) for number in numbers]))

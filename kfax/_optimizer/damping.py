@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool
 
 from .._estimators import check_deterministic, CurvatureSource
@@ -82,11 +83,11 @@ class ScheduledDamping(DampingRule):
     schedule: Schedule
 
     def init(self) -> Scalar:
-        return scheduled("damping", self.schedule, jnp.zeros((), jnp.int32))
+        return scheduled("damping", self.schedule, jnp.zeros((), jnp.int32), positive)
 
     def value(self, stored: Scalar, step: Counter) -> Scalar:
         del stored
-        return scheduled("damping", self.schedule, step)
+        return scheduled("damping", self.schedule, step, positive)
 
     def wants_ratio(self, step: Counter) -> bool:
         del step
@@ -196,10 +197,11 @@ class LevenbergMarquardt(DampingRule):
         self.upper = scalar("upper", upper)
         self.minimum = positive("minimum", minimum)
         self.maximum = positive("maximum", maximum)
-        for smaller, larger in (("lower", "upper"), ("minimum", "maximum")):
-            bounds = getattr(self, smaller), getattr(self, larger)
-            if not is_traced(bounds) and bounds[0] > bounds[1]:
-                raise ValueError(f"`{smaller}` of `LevenbergMarquardt` must not be above `{larger}`: {bounds}.")
+        for names, bounds in ((("lower", "upper"), (lower, upper)), (("minimum", "maximum"), (minimum, maximum))):
+            if not (is_traced(bounds) or np.less_equal(*bounds)):
+                raise ValueError(f"`{names[0]}` of `LevenbergMarquardt` must not be above `{names[1]}`: {bounds}.")
+        self.upper = jnp.where(self.lower <= self.upper, self.upper, jnp.nan)
+        self.maximum = jnp.where(self.minimum <= self.maximum, self.maximum, jnp.nan)
         self.period = period
         self.exact_model = None if exact_model is None else check_deterministic("exact_model", exact_model)
         self.includes_damping = includes_damping

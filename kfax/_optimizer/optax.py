@@ -10,7 +10,7 @@ import optax
 from jaxtyping import ArrayLike
 
 from .._capture import Problem, split_key
-from .._math.scalars import positive, scheduled
+from .._math.scalars import are_valid, nonnegative, positive, scheduled
 from .._math.tree import all_finite, anywhere, combine, cond, dot, select, zeros_like
 from .._math.types import Counter, Model, Parameters, PRNGKey, Scalar, Schedule, Where
 from .damping import check_blind, DampingRule, own_damping, RelativeDamping, rule_of
@@ -52,9 +52,9 @@ def scale_by_curvature(
     that cheaper. What only [`kfax.Optimizer`][] can do, since it looks at the loss: the quadratic model,
     Levenberg-Marquardt damping, rejection.
 
-    If gradients are not finite the state stays as it was but for the counter, and the updates are zero. Statistics that
-    are not finite are left out, and of inverses the last good one is kept, as in [`kfax.Optimizer`][]. Call
-    [`kfax.check`][] once before training: this function cannot.
+    If gradients are not finite, or what a schedule says is out of its range, the state stays as it was but for the
+    counter, and the updates are zero. Statistics that are not finite are left out, and of inverses the last good one is
+    kept, as in [`kfax.Optimizer`][]. Call [`kfax.check`][] once before training: this function cannot.
 
     **Arguments:**
 
@@ -126,17 +126,24 @@ class _Link(eqx.Module):
         problem = Problem(self.loss_fn, model, batch, loss_key, model_state, self.frozen)
         parameters, step = problem.parameters, state.step
         gradient = _restrict(updates, parameters)
-        is_good = all_finite(gradient)
+        number, bound = self._numbers(step)
+        own = nonnegative("damping", self.preconditioner.damping.value(number, step))
+        settings = (self.damping, self.preconditioner, self.bound, number, bound, own)
+        is_good = all_finite(gradient) & are_valid(settings)
         preconditioner = self._take_in(problem, state, source_key, is_good)
-        number = rule_of(self.damping).value(rule_of(self.damping).init(), step)
         _, damping = self.preconditioner.dampings(self.damping, number, preconditioner, parameters, step)
         preconditioner, _ = self.preconditioner.maybe_refresh(preconditioner, parameters, damping, step)
         solved = self.preconditioner.apply(preconditioner, gradient, damping)
-        if self.bound is not None:
-            bound = scheduled("norm_constraint", self.bound, step) if callable(self.bound) else self.bound
+        if bound is not None:
             solved = combine((limit(jnp.ones(()), dot(gradient, solved), bound),), (solved,))
         solved = select(is_good & all_finite(solved), solved, zeros_like(gradient))
         return eqx.combine(solved, zeros_like(updates)), ScaleByCurvatureState(step + 1, preconditioner)
+
+    def _numbers(self, step: Counter) -> tuple[Scalar, Scalar | None]:
+        """What rule and schedules say for a step: λ, in the units of its rule, and the bound."""
+        rule, bound = rule_of(self.damping), self.bound
+        number = positive("damping", rule.value(rule.init(), step))
+        return number, scheduled("norm_constraint", bound, step, positive) if callable(bound) else bound
 
     def _take_in(self, problem: Problem, state: ScaleByCurvatureState, key: PRNGKey | None, is_good: Any) -> Any:
         """The preconditioner's state with the statistics of the batch, if they are due."""

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool
 from .._capture import linearize, Problem, split_key
 from .._estimators import CurvatureEstimator, ExplicitExactCurvature, ImplicitExactCurvature
 from .._layers import split_parameters
-from .._math.scalars import nonnegative, not_a_class, positive, scalar, within_closed_unit
+from .._math.scalars import nonnegative, not_a_class, positive, within_closed_unit
 from .._math.tree import anywhere, cond, is_traced, zeros_like
 from .._math.types import Model, PRNGKey, PyTree, Schedule, Where
 from .damping import DampingRule, own_damping, RelativeDamping
@@ -187,14 +187,15 @@ class Optimizer(eqx.Module):
         **Raises:** `ValueError` if model, state and batch do not fit.
         """
         overrides = Overrides(
-            None if learning_rate is None else scalar("learning_rate", learning_rate),
-            None if momentum is None else scalar("momentum", momentum),
+            None if learning_rate is None else nonnegative("learning_rate", learning_rate),
+            None if momentum is None else within_closed_unit("momentum", momentum),
             None if damping is None else positive("damping", damping),
         )
         problem, key = self._problem(model, state, batch, key, model_state)
         due = self.preconditioner.wants_curvature(state.preconditioner, state.step)
-        objective, state, failed = self._observe(problem, state, key, due)
-        proposed = self._rules.propose(objective, state, overrides, is_measured=self.rejection is not None)
+        settings = self._rules.settings(state, overrides)
+        objective, state, failed = self._observe(problem, state, key, due, settings.are_valid)
+        proposed = self._rules.propose(objective, state, settings, is_measured=self.rejection is not None)
         parameters, state, info = self._rules.conclude(objective, state, proposed, failed, self.report_layers)
         return eqx.combine(parameters, model), state, info
 
@@ -208,7 +209,7 @@ class Optimizer(eqx.Module):
         **Returns:** the state with the new estimate.
         """
         problem, key = self._problem(model, state, batch, key, model_state)
-        return self._observe(problem, state, key, due=True)[1]
+        return self._observe(problem, state, key, due=True, is_wanted=True)[1]
 
     def refresh(self, model: Model, state: OptimizerState) -> OptimizerState:
         """Computes all inverses anew, for the present estimate and λ, whether they are due or not.
@@ -222,7 +223,8 @@ class Optimizer(eqx.Module):
         """
         parameters = parameters_for(state, model, self.frozen)
         l2 = self.l2.damping(self.l2.mask(model, parameters), parameters)
-        _, damping = self._rules.dampings(state, parameters, l2, None)
+        number = self._rules.settings(state, Overrides()).damping
+        _, damping = self._rules.dampings(number, state, parameters, l2)
         preconditioner, _ = self.preconditioner.refresh(state.preconditioner, parameters, damping)
         return eqx.tree_at(lambda s: s.preconditioner, state, preconditioner)
 
@@ -245,13 +247,14 @@ class Optimizer(eqx.Module):
         if self._rules.rule.wants_ratio(state.step) is False:
             raise ValueError("`calibrate` needs a damping that adapts, such as `kfax.LevenbergMarquardt(1.0)`.")
         problem, key = self._problem(model, state, batch, key, model_state)
-        objective, state, _ = self._observe(problem, state, key, due=True)
+        objective, state, _ = self._observe(problem, state, key, due=True, is_wanted=True)
         fresh = eqx.tree_at(lambda s: s.preconditioner.is_stale, state, jnp.ones((), bool))
 
         def adjust(carry):
             number, direction, count = carry
             start = eqx.tree_at(lambda s: s.damping, fresh, number)
-            proposed = self._rules.propose(objective, start, Overrides(), is_measured=True)
+            settings = self._rules.settings(start, Overrides())
+            proposed = self._rules.propose(objective, start, settings, is_measured=True)
             new = self._rules.adjusted(number, proposed, True, undone=~jnp.isfinite(proposed.after))
             towards = jnp.sign(new - number)
             turned = towards * direction < 0
@@ -264,7 +267,8 @@ class Optimizer(eqx.Module):
         # At first there is no direction that it could turn from.
         start = (state.damping, jnp.full_like(state.damping, jnp.nan), jnp.zeros((), jnp.int32))
         number, *_ = jax.lax.while_loop(goes_on, adjust, start)
-        return eqx.tree_at(lambda s: s.damping, fresh, jnp.where(objective.is_good, number, state.damping))
+        is_good = objective.is_good & jnp.isfinite(number)
+        return eqx.tree_at(lambda s: s.damping, fresh, jnp.where(is_good, number, state.damping))
 
     def state_axes(self, state: OptimizerState) -> PyTree:
         """`in_axes` and `out_axes` of a state for `equinox.filter_vmap` over an ensemble: all arrays but the counter.
@@ -283,7 +287,7 @@ class Optimizer(eqx.Module):
 
     @property
     def _rules(self) -> StepRules:
-        return StepRules(self.learning_rate, self.momentum, self.damping, self.preconditioner, self.rejection)
+        return StepRules(self.learning_rate, self.momentum, self.damping, self.preconditioner, self.rejection, self.l2)
 
     def _problem(
         self, model: Model, state: OptimizerState, batch: Any, key: PRNGKey | None, model_state: Any
@@ -294,9 +298,14 @@ class Optimizer(eqx.Module):
         return Problem(self.loss_fn, model, batch, loss_key, model_state, self.frozen), source_key
 
     def _observe(
-        self, problem: Problem, state: OptimizerState, key: PRNGKey | None, due: Bool[Array, ""] | bool
+        self,
+        problem: Problem,
+        state: OptimizerState,
+        key: PRNGKey | None,
+        due: Bool[Array, ""] | bool,
+        is_wanted: Bool[Array, ""] | bool,
     ) -> tuple[Objective, OptimizerState, Bool[Array, ""]]:
-        """Runs the batch, and takes its curvature into the state if that is due and finite; and whether it is not."""
+        """Runs the batch, and takes its curvature into the state if due, wanted and finite; and whether it is not."""
         estimator, curvature = self.estimator, state.curvature
         for_anyone = due if due is True else anywhere(due)
 
@@ -316,7 +325,8 @@ class Optimizer(eqx.Module):
             part = problem_with(problem, self.preconditioner.part_of(problem.batch, state.step))
             new = lambda: estimator.measure(estimator.linearize(part), key)  # noqa: E731
             measured = cond(for_anyone, new, lambda: estimator.nothing(curvature))
-        fold = lambda: self.preconditioner.fold(state.preconditioner, measured, objective.is_good & due)  # noqa: E731
+        is_good = objective.is_good & is_wanted & due
+        fold = lambda: self.preconditioner.fold(state.preconditioner, measured, is_good)  # noqa: E731
         preconditioner, failed = cond(for_anyone, fold, lambda: (state.preconditioner, jnp.zeros((), bool)))
         return objective, eqx.tree_at(lambda s: s.preconditioner, state, preconditioner), failed
 

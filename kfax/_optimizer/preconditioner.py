@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool
 
 from .._blocks import Spectrum, unbounded
 from .._estimators import BlockDiagonalCurvature, CurvatureEstimator, Eigendecomposition, ImplicitExactCurvature
+from .._math.scalars import nonnegative
 from .._math.tree import anywhere, cond, keep_finite, mean, select
 from .._math.types import Counter, Model, Parameters, Scalar, Schedule, Where
 from .damping import as_damping_rule, check_blind, DampingMultiple, DampingRule, RelativeDamping
@@ -134,13 +135,13 @@ class Preconditioner(eqx.Module):
         parameters: Parameters,
         step: Counter,
     ) -> tuple[Scalar, Scalar]:
-        """λ, where a rule says a number; and that of the preconditioner."""
+        """λ, where a rule says a number; and that of the preconditioner. NaN if it is out of its range."""
         if isinstance(damping, RelativeDamping):
             # Of a matrix that may be indefinite, how large it is.
             wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), parameters)
             diagonal = self.estimator.diagonal(state.curvature, wide)
             number = number * mean(jax.tree.map(jnp.abs, diagonal))
-        return number, self.damping.value(number, step)
+        return number, nonnegative("damping", self.damping.value(number, step))
 
     def wants_curvature(self, state: PreconditionerState, step: Counter) -> Bool[Array, ""] | bool:
         """Whether this step is to measure the curvature: in its turn, and if nothing is known yet."""

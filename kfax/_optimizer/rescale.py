@@ -6,8 +6,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
-from .._math.scalars import nonnegative, positive, scheduled
-from .._math.types import Counter, Scalar, Schedule
+from .._math.scalars import nonnegative, positive
+from .._math.types import Scalar, Schedule
 
 
 class NormConstraint(eqx.Module):
@@ -41,16 +41,11 @@ class NormConstraint(eqx.Module):
         self.learning_rate = learning_rate if is_schedule else nonnegative("learning_rate", learning_rate)
         self.bound = bound if isinstance(bound, Callable) else positive("bound", bound)
 
-    def limit(self, learning_rate: Scalar, squared_norm: Scalar, step: Counter) -> Scalar:
-        """α', given α and `∇hᵀP∇h`."""
-        bound = scheduled("bound", self.bound, step) if isinstance(self.bound, Callable) else self.bound
-        return limit(learning_rate, squared_norm, bound)
-
 
 def limit(learning_rate: Scalar, squared_norm: Scalar, bound: Scalar) -> Scalar:
     """α', so that `α'² s` is at most κ."""
     length = learning_rate**2 * squared_norm
-    too_long = length > bound
+    too_long = ~(length <= bound)  # or one of them is NaN
     return learning_rate * jnp.where(too_long, jnp.sqrt(bound / jnp.where(too_long, length, 1)), 1)
 
 

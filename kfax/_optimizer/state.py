@@ -43,6 +43,10 @@ class StepResult(eqx.Enumeration):
     Whatever is not finite is kept out of model and state, so that training goes on. Of several reasons the first in
     this order is given:
 
+    - `invalid_setting`: a number that a schedule, a rule or the caller gave for this step, or that the optimizer was
+        made with inside `jit`, is not finite or out of its range: a negative learning rate, momentum outside [0, 1], a
+        damping or a bound that is not positive. Nothing was changed but the counter, as for a batch that is not finite.
+        Where the value is known, outside `jit`, it is an error.
     - `non_finite_batch`: loss, gradient or new model state are not finite. Nothing was changed but the counter (and
         inverses, if they were due).
     - `non_finite_update`: the update was not finite. The parameters were not changed, the velocity was set to zero.
@@ -55,6 +59,7 @@ class StepResult(eqx.Enumeration):
     """
 
     successful = "The step was taken."
+    invalid_setting = "A learning rate, damping or other setting is not finite or out of range: nothing was changed."
     non_finite_batch = "Loss, gradient or new model state are not finite: nothing was changed."
     non_finite_update = "The update is not finite: the parameters were not changed."
     rejected = "The loss was higher after the step, or not finite: the step was undone."

@@ -1,19 +1,21 @@
 """How a step is chosen, and what becomes of it: coefficients, damping, rejection."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from .._math.scalars import scheduled
+from .._math.scalars import are_valid, nonnegative, positive, scheduled, within_closed_unit
 from .._math.tree import all_finite, combine, cond, dot, norm, select, zeros_like
 from .._math.types import Counter, Parameters, Scalar, Schedule
 from .damping import DampingRule, LevenbergMarquardt, RelativeDamping, rule_of
+from .l2 import L2
 from .objective import Objective
 from .preconditioner import Preconditioner, PreconditionerState
 from .quadratic import QuadraticModel
-from .rescale import NormConstraint, Rejection
+from .rescale import limit, NormConstraint, Rejection
 from .state import layer_norms, OptimizerState, StepInfo, StepResult
 
 
@@ -28,6 +30,26 @@ class Overrides(eqx.Module):
     damping: Scalar | None = None
 
 
+class Settings(eqx.Module):
+    """The numbers that are given for a step: to it alone, to the optimizer, or by schedules and rules.
+
+    **Fields:**
+
+    - `learning_rate`, `momentum`: `None` if the quadratic model is to choose them.
+    - `bound`: of the norm, if there is one.
+    - `damping`: λ, in the units of its rule.
+    - `is_overridden`: whether it is none that the rule chose.
+    - `are_valid`: whether all of them, and those that rules and estimator hold, are within their ranges.
+    """
+
+    learning_rate: Scalar | None
+    momentum: Scalar | None
+    bound: Scalar | None
+    damping: Scalar
+    is_overridden: bool = eqx.field(static=True)
+    are_valid: Bool[Array, ""]
+
+
 class ProposedStep(eqx.Module):
     """A step that is proposed.
 
@@ -39,7 +61,7 @@ class ProposedStep(eqx.Module):
     - `coefficients`: learning rate and momentum.
     - `preconditioner`: its state, refreshed if that was due.
     - `failed`: whether an inverse failed, or there is none yet.
-    - `is_overridden`: whether another one was taken.
+    - `settings`: what was given for it.
     - `damping`: λ.
     - `is_measured`: whether the following are known.
     - `change`: of the objective, as predicted; may be known in any case.
@@ -53,7 +75,7 @@ class ProposedStep(eqx.Module):
     coefficients: tuple[Scalar, Scalar]
     preconditioner: PreconditionerState
     failed: Bool[Array, ""]
-    is_overridden: bool = eqx.field(static=True)
+    settings: Settings
     damping: Scalar
     is_measured: Bool[Array, ""]
     change: Scalar
@@ -69,37 +91,57 @@ class StepRules(eqx.Module):
     damping: DampingRule | RelativeDamping
     preconditioner: Preconditioner
     rejection: Rejection | None
+    l2: L2
 
     @property
     def rule(self) -> DampingRule:
         """That of the damping, in its own units."""
         return rule_of(self.damping)
 
+    def settings(self, state: OptimizerState, overrides: Overrides) -> Settings:
+        """What is given for the next step; NaN where it is out of its range."""
+        step = state.step
+        learning_rate = _choose("learning_rate", self.learning_rate, overrides.learning_rate, step, nonnegative)
+        momentum = _choose("momentum", self.momentum, overrides.momentum, step, within_closed_unit)
+        bound = self.learning_rate.bound if isinstance(self.learning_rate, NormConstraint) else None
+        bound = scheduled("bound", bound, step, positive) if callable(bound) else bound
+        damping = overrides.damping
+        if damping is None:
+            damping = positive("damping", self.rule.value(state.damping, step))
+        own = nonnegative("damping", self.preconditioner.damping.value(damping, step))
+        return Settings(
+            learning_rate=learning_rate,
+            momentum=momentum,
+            bound=bound,
+            damping=damping,
+            is_overridden=overrides.damping is not None,
+            are_valid=are_valid((self, learning_rate, momentum, bound, damping, own)),
+        )
+
     def dampings(
-        self, state: OptimizerState, parameters: Parameters, l2: Scalar | dict[str, Scalar], number: Scalar | None
+        self, number: Scalar, state: OptimizerState, parameters: Parameters, l2: Scalar | dict[str, Scalar]
     ) -> tuple[Scalar, Scalar | dict[str, Scalar]]:
-        """λ, from what the rule says or the given number; and what is to be added to the preconditioner's curvature."""
-        number = self.rule.value(state.damping, state.step) if number is None else number
+        """λ, where the rule says a number; and what is to be added to the preconditioner's curvature."""
         damping, own = self.preconditioner.dampings(self.damping, number, state.preconditioner, parameters, state.step)
         return damping, {key: own + eta for key, eta in l2.items()} if isinstance(l2, dict) else own + l2
 
     def propose(
-        self, objective: Objective, state: OptimizerState, overrides: Overrides, is_measured: bool
+        self, objective: Objective, state: OptimizerState, settings: Settings, is_measured: bool
     ) -> ProposedStep:
         """**Arguments:**
 
         - `objective`: on this batch.
         - `state`: with the batch in its estimate of the curvature.
-        - `overrides`: what is not to be chosen.
+        - `settings`: what is not to be chosen.
         - `is_measured`: whether to evaluate the objective after the step, also if the damping rule does not ask for it.
         """
         parameters = objective.problem.parameters
         l2 = objective.l2.damping(objective.mask, parameters)
-        damping, damped = self.dampings(state, parameters, l2, overrides.damping)
+        damping, damped = self.dampings(settings.damping, state, parameters, l2)
         preconditioner, failed = self.preconditioner.maybe_refresh(state.preconditioner, parameters, damped, state.step)
         descent = combine((-1,), (self.preconditioner.apply(preconditioner, objective.gradient, damped),))
         directions = (descent, state.velocity)
-        coefficients, predicted = self._coefficients(objective, overrides, damping, directions, state.step)
+        coefficients, predicted = self._coefficients(objective, settings, damping, directions, state.step)
         update = combine(coefficients, directions)
         new = combine((1, 1), (parameters, update))
         dtype = objective.loss.dtype
@@ -123,7 +165,7 @@ class StepRules(eqx.Module):
             coefficients=coefficients,
             preconditioner=preconditioner,
             failed=failed | _is_stuck(objective.gradient, descent),
-            is_overridden=overrides.damping is not None,
+            settings=settings,
             damping=damping,
             is_measured=jnp.asarray(wanted),
             change=change,
@@ -135,7 +177,7 @@ class StepRules(eqx.Module):
         self, stored: Scalar, proposed: ProposedStep, wanted: Bool[Array, ""] | bool, undone: Bool[Array, ""]
     ) -> Scalar:
         """What the damping rule stores after a step, if it is wanted; and after one that is undone in any case."""
-        if proposed.is_overridden:
+        if proposed.settings.is_overridden:
             return stored
         # Where no decrease was predicted the ratio says nothing.
         tells = undone | (wanted & ~(proposed.change >= 0))
@@ -151,7 +193,8 @@ class StepRules(eqx.Module):
         report_layers: bool,
     ) -> tuple[Parameters, OptimizerState, StepInfo]:
         """Takes the proposed step if it is good; parameters, state and report after it."""
-        is_good, is_finite = objective.is_good, all_finite(proposed.parameters)
+        are_valid = proposed.settings.are_valid
+        is_good, is_finite = objective.is_good & are_valid, all_finite(proposed.parameters)
         accept = jnp.isfinite if self.rejection is None else self.rejection.accepts(objective.loss)
         is_bad_step = proposed.is_measured & ~accept(proposed.after)
         accepted = is_good & is_finite & ~is_bad_step
@@ -176,6 +219,7 @@ class StepRules(eqx.Module):
             StepInfo(
                 step=state.step,
                 result=_first(
+                    (~are_valid, StepResult.invalid_setting),
                     (~is_good, StepResult.non_finite_batch),
                     (~is_finite, StepResult.non_finite_update),
                     (is_bad_step, StepResult.rejected),
@@ -199,17 +243,15 @@ class StepRules(eqx.Module):
     def _coefficients(
         self,
         objective: Objective,
-        overrides: Overrides,
+        settings: Settings,
         damping: Scalar,
         directions: tuple[Parameters, Parameters],
         step: Counter,
     ) -> tuple[tuple[Scalar, Scalar], Scalar | None]:
         """Learning rate and momentum, and the change that the exact quadratic model predicts if it was asked."""
-        learning_rate = _choose("learning_rate", self.learning_rate, overrides.learning_rate, step)
-        momentum = _choose("momentum", self.momentum, overrides.momentum, step)
-        if learning_rate is not None and isinstance(self.learning_rate, NormConstraint):
-            squared_norm = -dot(objective.gradient, directions[0])
-            learning_rate = self.learning_rate.limit(learning_rate, squared_norm, step)
+        learning_rate, momentum = settings.learning_rate, settings.momentum
+        if learning_rate is not None and settings.bound is not None:
+            learning_rate = limit(learning_rate, -dot(objective.gradient, directions[0]), settings.bound)
         if learning_rate is not None and momentum is not None:
             return (learning_rate, momentum), None
         plane = objective.plane(self._model, directions, step)
@@ -230,7 +272,13 @@ class StepRules(eqx.Module):
         return objective.predict(lambda v: estimator.multiply(preconditioner.curvature, v), update)
 
 
-def _choose(name: str, coefficient: Coefficient, given: Scalar | None, step: Counter) -> Scalar | None:
+def _choose(
+    name: str,
+    coefficient: Coefficient,
+    given: Scalar | None,
+    step: Counter,
+    check: Callable[[str, Any], Scalar],
+) -> Scalar | None:
     """The coefficient's value in this step; `None` if the quadratic model is to choose it."""
     if given is not None:
         return given
@@ -238,9 +286,7 @@ def _choose(name: str, coefficient: Coefficient, given: Scalar | None, step: Cou
         coefficient = coefficient.learning_rate
     if isinstance(coefficient, QuadraticModel):
         return None
-    if callable(coefficient):
-        return scheduled(name, coefficient, step)
-    return coefficient
+    return scheduled(name, coefficient, step, check) if callable(coefficient) else coefficient
 
 
 def _is_stuck(gradient: Parameters, descent: Parameters) -> Bool[Array, ""]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from .._math import linalg
-from .._math.scalars import scalar
+from .._math.scalars import finite, nonnegative
 from .._math.types import Scalar
 
 
@@ -131,10 +131,10 @@ class Spectrum(eqx.Module):
         return jnp.sum(jnp.log(self._damped(damping)))
 
     def _powers(self, exponent: ArrayLike, damping: ArrayLike) -> Float[Array, "*leading m n"]:
-        return self._damped(damping) ** scalar("exponent", exponent).astype(self.values.dtype)
+        return self._damped(damping) ** finite("exponent", exponent).astype(self.values.dtype)
 
     def _damped(self, damping: ArrayLike) -> Float[Array, "*leading m n"]:
-        return self.values + scalar("damping", damping).astype(self.values.dtype)
+        return self.values + nonnegative("damping", damping).astype(self.values.dtype)
 
 
 class Inverse(eqx.Module):

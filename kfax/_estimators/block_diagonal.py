@@ -27,7 +27,7 @@ from .base import (
 )
 from .damping import damping_by_key, damping_by_parameter
 from .eigendecomposition import BlockEigendecomposition
-from .products import VECTORS
+from .products import block_shapes, blocks_of, BlockShapes, VECTORS
 from .sources import column, CurvaturePropagation, CurvatureSource
 
 
@@ -39,10 +39,12 @@ class BlockDiagonalState(eqx.Module):
     - `average`: of each block's statistics, by key: the path of the layer, and `/` and the operation's name if a layer
         has several. Changes with every update.
     - `inverses`: what `solve` applies, by key. Changes with every refresh.
+    - `shapes`: of each block's matrix V, by key.
     """
 
     average: MovingAverage
     inverses: dict[str, Inverse]
+    shapes: BlockShapes = eqx.field(static=True)
 
 
 class BlockDiagonalCurvature(CurvatureEstimator):
@@ -82,9 +84,11 @@ class BlockDiagonalCurvature(CurvatureEstimator):
 
     def init(self, model: Model, *, frozen: Where | None = None) -> BlockDiagonalState:
         parameters, _ = split_parameters(model, frozen)
-        blocks = {key: part.block.init(part.operation.shape()) for key, part in parts(parameters).items()}
+        found = parts(parameters)
+        blocks = {key: part.block.init(part.operation.shape()) for key, part in found.items()}
         average = MovingAverage.zeros({key: block.statistics for key, block in blocks.items()})
-        return BlockDiagonalState(average, {key: immovable(block.inverse) for key, block in blocks.items()})
+        inverses = {key: immovable(block.inverse) for key, block in blocks.items()}
+        return BlockDiagonalState(average, inverses, block_shapes(found))
 
     def check(self, problem: Problem) -> None:
         check_observed(problem, self.example_axis)
@@ -99,7 +103,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
     def fold(self, state: BlockDiagonalState, measured: MovingAverage) -> BlockDiagonalState:
         _check_keys(state, measured.value)
         average = state.average.update(measured.value, self.decay, measured.weight)
-        return BlockDiagonalState(average, state.inverses)
+        return BlockDiagonalState(average, state.inverses, state.shapes)
 
     def fold_finite(
         self, state: BlockDiagonalState, measured: MovingAverage, is_good: Bool[Array, ""]
@@ -148,7 +152,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
                 refreshed[k] = part.block.refresh(part.operation.shape(), mine, dampings[k], results[k])
                 previous = previous if matrices[k] else refreshed[k]
             previous = (previous, results)
-        return BlockDiagonalState(state.average, refreshed)
+        return BlockDiagonalState(state.average, refreshed, state.shapes)
 
     def refresh_flops(self, parameters: Parameters) -> dict[str, int]:
         """What a refresh costs, by key of the block.
@@ -171,7 +175,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         refreshed = self.refresh(state, parameters, damping, only).inverses
         mine = {key: refreshed[key] for key in (refreshed if only is None else only)}
         kept, failed = keep_finite(mine, state.inverses, self.weight(state) > 0)
-        return BlockDiagonalState(state.average, state.inverses | kept), failed
+        return BlockDiagonalState(state.average, state.inverses | kept, state.shapes), failed
 
     def redamp(
         self, state: BlockDiagonalState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
@@ -187,15 +191,16 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         """
         _, dampings = _by_key(state, parameters, damping)
         inverses = {key: inverse.redamp(dampings[key]) for key, inverse in state.inverses.items()}
-        return BlockDiagonalState(state.average, inverses)
+        return BlockDiagonalState(state.average, inverses, state.shapes)
 
     def decompose(self, state: BlockDiagonalState, parameters: Parameters) -> BlockEigendecomposition:
-        found, values = _parts(state, parameters), state.average.value
+        found, values = blocks_of(parameters, state.shapes), state.average.value
         factors = {key: part.block.factors(part.operation.shape(), values[key]) for key, part in found.items()}
         pairs = _factorize(linalg.eigh, factors, values)
-        return BlockEigendecomposition(
-            {key: part.block.spectrum(part.operation.shape(), values[key], pairs[key]) for key, part in found.items()}
-        )
+        spectra = {
+            key: part.block.spectrum(part.operation.shape(), values[key], pairs[key]) for key, part in found.items()
+        }
+        return BlockEigendecomposition(spectra, state.shapes)
 
     def power(
         self, state: BlockDiagonalState, vector: Parameters, exponent: ArrayLike, damping: ArrayLike = 0.0
@@ -226,7 +231,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         leaves = jax.tree.leaves(parameters)
         size = sum(leaf.size for leaf in leaves)
         dense = jnp.zeros((size, size), jnp.result_type(jnp.float32, *leaves))
-        for key, part in _parts(state, parameters).items():
+        for key, part in blocks_of(parameters, state.shapes).items():
             blocks = part.block.to_dense(part.operation.shape(), state.average.value[key])
             blocks = blocks.reshape(-1, *blocks.shape[-2:])
             rows = positions[key].reshape(len(blocks), -1)
@@ -285,13 +290,6 @@ def _read_statistics(part: Part, num_examples: int) -> Reading:
     return Reading(block.slot(shape, num_examples), statistic, block.is_sum)
 
 
-def _parts(state: BlockDiagonalState, vector: Parameters) -> dict[str, Part]:
-    """The parts of a vector, which must be those of the state."""
-    found = parts(vector)
-    _check_keys(state, found)
-    return found
-
-
 def _check_keys(state: BlockDiagonalState, found: Collection[str]) -> None:
     if set(found) != set(state.inverses):
         raise ValueError(f"A vector has the blocks {list(found)}, the state {list(state.inverses)}. {VECTORS}")
@@ -301,7 +299,7 @@ def _by_key(
     state: BlockDiagonalState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
 ) -> tuple[dict[str, Part], dict[str, Scalar]]:
     """The parts of the parameters, and a damping for each."""
-    found = _parts(state, parameters)
+    found = blocks_of(parameters, state.shapes)
     return found, damping_by_key(tuple(found), damping)
 
 
@@ -317,7 +315,7 @@ def _after(statistics: PyTree, previous: PyTree) -> PyTree:
 
 
 def _by_part(function: Callable, state: BlockDiagonalState, vector: Parameters) -> Parameters:
-    found, matrices = _parts(state, vector), to_matrices(vector)
+    found, matrices = blocks_of(vector, state.shapes), to_matrices(vector)
     return from_matrices(vector, {key: function(key, part, matrices[key]) for key, part in found.items()})
 
 

@@ -12,6 +12,7 @@ from .._blocks import Spectrum
 from .._layers import from_matrices, to_matrices
 from .._math.types import Parameters, Scalar
 from .damping import damping_by_key
+from .products import blocks_of, BlockShapes, check_layout, Layout
 
 
 class Eigendecomposition(eqx.Module):
@@ -29,7 +30,10 @@ class Eigendecomposition(eqx.Module):
 
     @abc.abstractmethod
     def split(self, vector: Parameters) -> dict[str, Float[Array, "..."]]:
-        """The part of a vector that each block acts on."""
+        """The part of a vector that each block acts on.
+
+        **Raises:** `ValueError` for a vector that is not like the parameters.
+        """
 
     @abc.abstractmethod
     def join(self, like: Parameters, blocks: dict[str, Float[Array, "..."]]) -> Parameters:
@@ -93,8 +97,10 @@ class BlockEigendecomposition(Eigendecomposition):
     """Of a block-diagonal matrix, block by block."""
 
     spectra: dict[str, Spectrum]
+    shapes: BlockShapes = eqx.field(static=True)
 
     def split(self, vector: Parameters) -> dict[str, Float[Array, "..."]]:
+        blocks_of(vector, self.shapes)
         return to_matrices(vector)
 
     def join(self, like: Parameters, blocks: dict[str, Float[Array, "..."]]) -> Parameters:
@@ -105,8 +111,10 @@ class DenseEigendecomposition(Eigendecomposition):
     """Of a dense matrix, which acts on all parameters raveled."""
 
     spectra: dict[str, Spectrum]
+    layout: Layout = eqx.field(static=True)
 
     def split(self, vector: Parameters) -> dict[str, Float[Array, "..."]]:
+        check_layout(vector, self.layout)
         return {"": ravel_pytree(vector)[0]}
 
     def join(self, like: Parameters, blocks: dict[str, Float[Array, "..."]]) -> Parameters:

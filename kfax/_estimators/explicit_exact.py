@@ -188,7 +188,7 @@ class ExplicitExactCurvature(CurvatureEstimator):
     def decompose(self, state: ExplicitExactState, parameters: Parameters) -> DenseEigendecomposition:
         check_layout(parameters, state.layout)
         product = self._product(state.average.value)
-        return DenseEigendecomposition({"": product.spectrum((linalg.eigh(product.right),))})
+        return DenseEigendecomposition({"": product.spectrum((linalg.eigh(product.right),))}, state.layout)
 
     def power(
         self, state: ExplicitExactState, vector: Parameters, exponent: ArrayLike, damping: ArrayLike = 0.0
@@ -214,6 +214,7 @@ class ExplicitExactCurvature(CurvatureEstimator):
         return unravel(jnp.diagonal(state.average.value).astype(flat.dtype))
 
     def to_dense(self, state: ExplicitExactState, parameters: Parameters) -> Float[Array, "p p"]:
+        check_layout(parameters, state.layout)
         return state.average.value
 
     def as_operator(

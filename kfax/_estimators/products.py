@@ -1,6 +1,6 @@
 """Exact curvature of one batch, as linear maps of vectors like the parameters."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import TypeAlias
 
 import equinox as eqx
@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from .._capture import linearize_outputs, Problem
+from .._layers import Part, parts
 from .._math.tree import combine
 from .._math.types import Parameters, PRNGKey
 from .sources import CurvatureSource
@@ -78,6 +79,27 @@ def check_layout(vector: Parameters, layout: Layout) -> None:
 def compare_layouts(found: Layout, expected: Layout) -> None:
     if found != expected:
         raise ValueError(f"A vector has not the structure and shapes of the parameters. {VECTORS}")
+
+
+BlockShapes: TypeAlias = tuple[tuple[str, tuple[int, int]], ...]
+
+
+def block_shapes(found: Mapping[str, Part]) -> BlockShapes:
+    """The shape of the matrix of each part, without stack axes, over which a caller may map."""
+    shapes = {key: part.operation.shape() for key, part in found.items()}
+    return tuple((key, (shape.d_g, shape.d_a)) for key, shape in shapes.items())
+
+
+def blocks_of(vector: Parameters, expected: BlockShapes) -> dict[str, Part]:
+    """The parts of a vector, which must have these matrices and nothing else."""
+    found = parts(vector)
+    shapes = block_shapes(found)
+    if dict(shapes) != dict(expected):
+        raise ValueError(f"A vector has the blocks {dict(shapes)}, the state {dict(expected)}. {VECTORS}")
+    size = sum(jnp.size(leaf) for leaf in jax.tree.leaves(vector))
+    if size != sum(part.operation.shape().num_parameters for part in found.values()):
+        raise ValueError(f"A vector has arrays that belong to no block. {VECTORS}")
+    return found
 
 
 def dense(multiply: Callable[[Parameters], Parameters], like: Parameters) -> Float[Array, "p p"]:

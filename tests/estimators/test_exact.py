@@ -633,6 +633,79 @@ def test_vectors_that_do_not_fit():
                 estimator.refresh(estimator.init(model), p, damping)
 
 
+def test_vectors_of_another_model():
+    """An untagged gradient, raveled parameters, and as many numbers in other shapes: nothing is returned as it was."""
+    plain = eqx.nn.Linear(3, 2, key=jax.random.key(0))
+    model, other = kfax.tag(plain), kfax.tag(eqx.nn.Linear(1, 4, key=jax.random.key(0)))
+    p = kfax.parameters_of(model)
+
+    class Pair(eqx.Module):
+        first: Any
+        second: Any
+
+    def loss_fn(model, batch):
+        return kfax.squared_error(jax.vmap(model)(batch), batch[:, :2])
+
+    for estimator in (kfax.BlockDiagonalCurvature(kfax.ExactGGN()), kfax.ExplicitExactCurvature()):
+        state: Any = estimator.update(estimator.init(model), loss_fn, model, jnp.ones((4, 3)))
+        state = estimator.refresh(state, p, 0.1)
+        found = estimator.decompose(state, p)
+        for wrong in (plain, jnp.ones(8), kfax.parameters_of(other), Pair(model, jnp.ones(3)), ()):
+            for call in (
+                lambda v, f=found: f.power(v, -1, 0.1),
+                lambda v, f=found: f.diagonal(v),
+                lambda v, e=estimator, s=state: e.solve(s, v),
+                lambda v, e=estimator, s=state: e.multiply(s, v),
+                lambda v, e=estimator, s=state: e.power(s, v, -1, 0.1),
+                lambda v, e=estimator, s=state: e.diagonal(s, v),
+                lambda v, e=estimator, s=state: e.to_dense(s, v),
+                lambda v, e=estimator, s=state: e.eigenvalues(s, v),
+            ):
+                with pytest.raises(ValueError, match="Vectors are like `kfax.parameters_of"):
+                    call(wrong)
+
+
+def test_vectors_with_arrays_that_belong_to_no_block():
+    class Scaled(eqx.Module):
+        linear: Any
+        scale: jax.Array
+
+    def frozen(model):
+        return model.scale
+
+    model = kfax.tag(Scaled(eqx.nn.Linear(3, 2, key=jax.random.key(0)), jnp.ones(3)), frozen=frozen)
+    estimator = kfax.BlockDiagonalCurvature(kfax.ExactGGN())
+    state = estimator.init(model, frozen=frozen)
+    found = estimator.decompose(state, kfax.parameters_of(model, frozen=frozen))
+    for call in (lambda v: estimator.multiply(state, v), lambda v: found.power(v, -1, 0.1)):
+        with pytest.raises(ValueError, match="belong to no block.*frozen="):
+            call(kfax.parameters_of(model))
+
+
+def test_dampings_and_exponents_out_of_range():
+    case = make_case("mlp", "softmax")
+    p = parameters(case.model)
+    two: list[Any] = [kfax.BlockDiagonalCurvature(kfax.ExactGGN()), kfax.ExplicitExactCurvature()]
+    for estimator in two:
+        found = estimator.decompose(estimator.init(case.model), p)
+        for bad in (-0.1, jnp.nan, jnp.inf):
+            for call in (
+                lambda x, f=found: f.power(p, -1, x),
+                lambda x, f=found: f.diagonal(p, -1, x),
+                lambda x, f=found: f.logdet(x),
+                lambda x, e=estimator: e.refresh(e.init(case.model), p, x),
+                lambda x, e=estimator: e.redamp(e.init(case.model), p, x),
+                lambda x, e=estimator: e.as_operator(e.init(case.model), p, x),
+            ):
+                with pytest.raises(ValueError, match="`damping` must not be negative or infinite"):
+                    call(bad)
+        for bad in (jnp.nan, jnp.inf):
+            with pytest.raises(ValueError, match="`exponent` must be finite"):
+                found.power(p, bad, 0.1)
+            with pytest.raises(ValueError, match="`exponent` must be finite"):
+                found.diagonal(p, bad, 0.1)
+
+
 def test_an_array_of_dampings_wants_a_map():
     case = make_case("mlp", "softmax")
     estimator = kfax.BlockDiagonalCurvature(kfax.ExactGGN())

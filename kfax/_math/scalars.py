@@ -63,6 +63,11 @@ def nonnegative(name: str, value: Any) -> Scalar:
     return _checked(name, value, lambda x: x >= 0, "not be negative or infinite")
 
 
+def at_least_one(name: str, value: Any) -> Scalar:
+    """A scalar array, checked to be finite and not below 1."""
+    return _checked(name, value, lambda x: x >= 1, "be at least 1, and finite")
+
+
 def within_closed_unit(name: str, value: Any) -> Scalar:
     """A scalar array, checked to be in [0, 1]."""
     return _checked(name, value, lambda x: (x >= 0) & (x <= 1), "be in [0, 1]")

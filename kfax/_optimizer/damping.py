@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool
 
 from .._estimators import check_deterministic, CurvatureSource
-from .._math.scalars import not_a_class, positive, scalar, scheduled, within_unit
+from .._math.scalars import at_least_one, not_a_class, positive, scalar, scheduled, within_unit
 from .._math.tree import is_traced
 from .._math.types import Counter, Scalar, Schedule
 
@@ -157,6 +157,7 @@ class LevenbergMarquardt(DampingRule):
     upper: Scalar
     minimum: Scalar
     maximum: Scalar
+    undone_factor: Scalar | None
     period: int = eqx.field(static=True)
     exact_model: CurvatureSource | None
     includes_damping: bool = eqx.field(static=True)
@@ -171,6 +172,7 @@ class LevenbergMarquardt(DampingRule):
         upper: ArrayLike = 0.75,
         minimum: ArrayLike = 1e-8,
         maximum: ArrayLike = 1e8,
+        undone_factor: ArrayLike | None = None,
         exact_model: CurvatureSource | None = None,
         includes_damping: bool = False,
     ):
@@ -182,6 +184,8 @@ class LevenbergMarquardt(DampingRule):
         - `period`: how many steps between adjustments.
         - `lower`, `upper`: thresholds of the reduction ratio. The defaults are those of the paper.
         - `minimum`, `maximum`: bounds for λ. [loss/param²]
+        - `undone_factor`: by what λ is multiplied after a step that was undone, at least 1. As after a ratio below
+            `lower`, if not given: `decay ** -period`.
         - `exact_model`: with which exact curvature to predict where no coefficient is chosen by a quadratic model:
             [`kfax.ExactGGN`][]`()`, [`kfax.ExactFisher`][]`()` or [`kfax.EmpiricalFisher`][]`()`. With the estimator's,
             if not given.
@@ -202,6 +206,7 @@ class LevenbergMarquardt(DampingRule):
                 raise ValueError(f"`{names[0]}` of `LevenbergMarquardt` must not be above `{names[1]}`: {bounds}.")
         self.upper = jnp.where(self.lower <= self.upper, self.upper, jnp.nan)
         self.maximum = jnp.where(self.minimum <= self.maximum, self.maximum, jnp.nan)
+        self.undone_factor = None if undone_factor is None else at_least_one("undone_factor", undone_factor)
         self.period = period
         self.exact_model = None if exact_model is None else check_deterministic("exact_model", exact_model)
         self.includes_damping = includes_damping
@@ -219,6 +224,8 @@ class LevenbergMarquardt(DampingRule):
     def update(self, stored: Scalar, ratio: Scalar) -> Scalar:
         factor = self.decay**self.period
         lowered, raised = stored * factor, stored / factor
+        if self.undone_factor is not None:
+            raised = jnp.where(jnp.isnan(ratio), stored * self.undone_factor, raised)
         # A NaN fails both comparisons: first the one that would keep or lower λ.
         new = jnp.where(ratio > self.upper, lowered, jnp.where(ratio >= self.lower, stored, raised))
         return jnp.clip(new, self.minimum, self.maximum)

@@ -91,9 +91,14 @@ class StepInfo(eqx.Module):
 
     - `step`: its number, from zero.
     - `result`: how it went, a [`kfax.StepResult`][].
-    - `loss`: the objective before the step: all losses and penalties, and the L2 term.
+    - `loss`: the objective before the step: all losses and penalties, and the L2 term. [loss]
+    - `loss_after`: the objective after the proposed step, on the same batch, whether it was taken or not. NaN on steps
+        that did not measure it: it is measured where there is a [`kfax.Rejection`][], and where an adaptive damping
+        is adjusted. [loss]
     - `gradient_norm`: of the objective. [loss/param]
-    - `update_norm`: of the change of the parameters. [param]
+    - `descent_norm`: of the preconditioned gradient. [param]
+    - `proposed_norm`: of the update that was proposed, whether the step was taken or not. [param]
+    - `update_norm`: of the change of the parameters: that of the update, or zero. [param]
     - `learning_rate`, `momentum`: the coefficients that were used.
     - `damping`: λ of this step. [loss/param²]
     - `predicted_change`: the change of the objective that the quadratic model predicts, with λ‖δ‖²/2 if the damping
@@ -107,7 +112,10 @@ class StepInfo(eqx.Module):
     step: Counter
     result: StepResult
     loss: Scalar
+    loss_after: Scalar
     gradient_norm: Scalar
+    descent_norm: Scalar
+    proposed_norm: Scalar
     update_norm: Scalar
     learning_rate: Scalar
     momentum: Scalar

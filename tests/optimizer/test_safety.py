@@ -274,6 +274,7 @@ def test_a_step_that_raises_the_loss_is_undone(period):
         if rate == 1e4:
             assert info.result == RESULT.rejected
             assert info.update_norm == 0 and info.reduction_ratio != 0
+            assert info.proposed_norm > 1e3 * info.descent_norm and info.loss_after > info.loss
             assert bool(eqx.tree_equal((new_model, info.model_state), (model, model_state)))
             # The second time in a row it may have been the velocity's fault.
             kept = jax.tree.map(jnp.zeros_like, state.velocity) if i == 6 else state.velocity
@@ -288,6 +289,41 @@ def test_a_step_that_raises_the_loss_is_undone(period):
         refreshed = not bool(eqx.tree_equal(new_state.curvature.inverses, state.curvature.inverses))
         assert refreshed == (i in (0, 3, 6, 7))
         model, state, model_state = new_model, new_state, info.model_state
+
+
+@grid(maximum=[1e8, 1.0])
+def test_how_much_damping_is_raised_after_an_undone_step(maximum):
+    model, batch = small_case()
+    rule = kfax.LevenbergMarquardt(0.5, period=5, undone_factor=3.0, maximum=maximum)
+    optimizer = make("fixed", damping=rule, rejection=kfax.Rejection())
+    state = eqx.filter_jit(optimizer.init)(model, batch)
+    step = eqx.filter_jit(optimizer.step)
+    for expected, rate in ((0.5, 0.05), (min(1.5, maximum), 1e6), (min(4.5, maximum), 1e6)):
+        model, state, info = step(model, state, batch, key=jax.random.key(0), learning_rate=rate)
+        assert (info.result == RESULT.rejected) == (rate == 1e6)
+        assert jnp.allclose(state.damping, expected, rtol=1e-12)
+    # An adjustment is as ever: a ratio that is too low, or high, says nothing of steps that were undone.
+    assert jnp.allclose(rule.update(jnp.asarray(0.5), jnp.asarray(0.1)), 0.5 / 0.95**5, rtol=1e-12)
+    with pytest.raises(ValueError, match="`undone_factor` must be at least 1"):
+        kfax.LevenbergMarquardt(0.5, undone_factor=0.5)
+
+
+def test_a_step_reports_what_it_measured():
+    model, batch = small_case()
+    for options in ({"damping": 0.5}, {"damping": kfax.LevenbergMarquardt(0.5, period=2)}):
+        optimizer = make("fixed", l2=0.1, momentum=0.0, **options)
+        state = eqx.filter_jit(optimizer.init)(model, batch)
+        step = eqx.filter_jit(optimizer.step)
+        for i in range(2):
+            after, state, info = step(model, state, batch, key=jax.random.key(i))
+            assert info.proposed_norm == info.update_norm > 0
+            assert jnp.allclose(info.update_norm, 0.05 * info.descent_norm, rtol=1e-12)
+            squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(parameters(after)))
+            if i == 1 and options["damping"] != 0.5:
+                assert jnp.allclose(info.loss_after, loss_fn(after, batch).value() + 0.05 * squares, rtol=1e-12)
+            else:
+                assert jnp.isnan(info.loss_after)
+            model = after
 
 
 def test_levenberg_marquardt_undoes_a_step_into_infinity():

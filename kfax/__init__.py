@@ -27,7 +27,7 @@ from ._blocks import (
     TensorNormal as TensorNormal,
     UnitWise as UnitWise,
 )
-from ._capture import check as check
+from ._capture import check as check, value as value
 from ._estimators import (
     BlockDiagonalCurvature as BlockDiagonalCurvature,
     BlockDiagonalState as BlockDiagonalState,

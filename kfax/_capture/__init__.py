@@ -1,5 +1,5 @@
 from .check import check as check, check_observed as check_observed, check_values as check_values
-from .evaluate import evaluate as evaluate, Evaluation as Evaluation, split_key as split_key
+from .evaluate import evaluate as evaluate, Evaluation as Evaluation, split_key as split_key, value as value
 from .linearize import (
     Cotangents as Cotangents,
     Linearization as Linearization,

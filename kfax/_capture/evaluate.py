@@ -92,6 +92,30 @@ def evaluate(
     return Evaluation(losses, penalty, state, aux)
 
 
+def value(returned: Any) -> Scalar:
+    """The number of what a `loss_fn` returns: the sum of all losses and penalties, without L2.
+
+    To be printed, or differentiated as any other function: `eqx.filter_grad(lambda m: kfax.value(loss_fn(m, batch)))`.
+
+    **Arguments:**
+
+    - `returned`: a [`kfax.Loss`][] or a [`kfax.Penalty`][], a list or dictionary of them, or a tuple of that and what
+        else `loss_fn` returns, which is not looked at.
+
+    **Returns:** a scalar in at least float32. [loss]
+
+    **Raises:** `ValueError` for anything else.
+    """
+    is_tuple = isinstance(returned, tuple)
+    losses = returned[0] if is_tuple and returned else returned
+    if not _is_losses(losses) or (is_tuple and _is_losses(returned[1:])):
+        raise ValueError(
+            "`kfax.value` takes what a `loss_fn` returns, such as `kfax.softmax_cross_entropy(logits, labels)`, a list "
+            f"of several losses, or `(losses, aux)`, but it was given {_describe(returned)}."
+        )
+    return sum((term.value() for term in _terms(losses)), jnp.zeros((), jnp.float32))
+
+
 def _check_parameters(names: Mapping[str, inspect.Parameter]) -> None:
     """Beside model and batch nothing is passed but what is asked for by these names."""
     empty, named = inspect.Parameter.empty, (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -147,7 +171,7 @@ def _split(x: Any) -> tuple[tuple[Loss, ...], Scalar]:
             "Leave examples out of a loss by `weights` or `mask`."
         )
     dtype = jnp.result_type(jnp.float32, *(loss.outputs for loss in losses))
-    return losses, sum((term.value for term in terms if isinstance(term, Penalty)), jnp.zeros((), dtype))
+    return losses, sum((term.value() for term in terms if isinstance(term, Penalty)), jnp.zeros((), dtype))
 
 
 def _describe(x: Any) -> str:

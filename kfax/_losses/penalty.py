@@ -24,18 +24,26 @@ class Penalty(eqx.Module):
     Return it from `loss_fn` next to a [`kfax.Loss`][]: `[loss, 0.01 * kfax.Penalty(value)]`. Its gradient is exact;
     every estimate of the curvature but [`kfax.Hessian`][] leaves it out. For L2 use [`kfax.L2`][], whose curvature is
     known.
+
+    **Fields:**
+
+    - `number`: the value, in the unit of the loss.
     """
 
-    value: Scalar
+    number: Scalar
 
     def __init__(self, value: ArrayLike):
         """**Arguments:**
 
         - `value`: a scalar, in the unit of the loss.
         """
-        self.value = _scalar(value)
+        self.number = _scalar(value)
 
     def __mul__(self, other: ArrayLike) -> "Penalty":
-        return Penalty(self.value * jnp.asarray(other, self.value.dtype))
+        return Penalty(self.number * jnp.asarray(other, self.number.dtype))
 
     __rmul__ = __mul__
+
+    def value(self) -> Scalar:
+        """The number, as that of a [`kfax.Loss`][]. [loss]"""
+        return self.number

@@ -241,8 +241,8 @@ def test_the_gradient_is_that_of_losses_and_penalties():
 
 def test_penalties_keep_their_digits():
     half = jnp.ones((), jnp.bfloat16)
-    assert kfax.Penalty(half).value.dtype == jnp.float32
-    assert kfax.Penalty(jnp.ones((), jnp.float64)).value.dtype == jnp.float64
+    assert kfax.Penalty(half).value().dtype == jnp.float32
+    assert kfax.Penalty(jnp.ones((), jnp.float64)).value().dtype == jnp.float64
     single = kfax.squared_error(jnp.ones((2, 3), jnp.float32), jnp.ones((2, 3)))
     assert objective(single).value().dtype == jnp.float32
     assert objective([single, kfax.Penalty(half)]).value().dtype == jnp.float32
@@ -493,3 +493,28 @@ def test_learned_variances_with_the_quadratic_model():
         kfax.Optimizer(loss_fn, **settings)
     with pytest.raises(ValueError, match="must be `kfax.ExactGGN"):
         kfax.QuadraticModel(kfax.SampledFisher())
+
+
+def test_the_number_of_what_a_loss_fn_returns():
+    outputs = jax.random.normal(jax.random.key(0), (5, 3))
+    loss, penalty = kfax.squared_error(outputs, jnp.zeros((5, 3))), kfax.Penalty(0.25)
+    number = jnp.mean(jnp.sum(outputs**2, axis=1))
+    for returned, expected in (
+        (loss, number),
+        (penalty, 0.25),
+        ([loss, 2 * penalty], number + 0.5),
+        ({"a": loss, "b": [3 * loss]}, 4 * number),
+        ((loss, {"accuracy": 1.0}), number),
+        (([loss, penalty], "state", "aux"), number + 0.25),
+    ):
+        assert_close(kfax.value(returned), jnp.asarray(expected))
+    gradient = jax.grad(lambda f: kfax.value([kfax.squared_error(f, 0 * f), penalty]))(outputs)
+    assert_close(gradient, 2 * outputs / 5)
+
+
+@pytest.mark.parametrize("wrong", [1.0, (), [], jnp.ones(3), "loss"])
+def test_what_is_no_loss_has_no_number(wrong):
+    loss = kfax.squared_error(jnp.ones((5, 3)), jnp.zeros((5, 3)))
+    for returned in (wrong, (wrong, loss), (loss, loss)):
+        with pytest.raises(ValueError, match=r"`kfax\.value` takes what a `loss_fn` returns"):
+            kfax.value(returned)

@@ -466,6 +466,8 @@ optim = optimizer(lambda model, batch: kfax.squared_error(jax.vmap(model)(batch[
 state = optim.init(model, batch)
 mistakes = {
     "`learning_rate` must be a number, or a schedule": lambda: optimizer(learning_rate="0.1"),
+    "`block` of `kfax.tag` must be one block": lambda: kfax.tag(linear, block=kfax.Diagonal),
+    "For other blocks in single layers see `kfax.set_block`": lambda: kfax.tag(linear, block={"": kfax.Diagonal()}),
     "`momentum` must be a number": lambda: optimizer(momentum=None),
     "`damping` must be a single number, got an array of shape (2,)": lambda: optimizer(damping=jnp.ones(2)),
     "`loss_fn` must be a function of model and batch, got float": lambda: optimizer(1.0),
@@ -501,4 +503,4 @@ def test_objects_of_the_wrong_type():
     """In a process of its own, without the run-time type checker, as a user has it."""
     result = subprocess.run([sys.executable, "-W", "error", "-c", MISTAKES], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "20 mistakes\n"
+    assert result.stdout == "22 mistakes\n"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from .._blocks import Block, KroneckerFactored, KroneckerSum
 from .._math.tree import distinct
 from .._math.types import Model, Parameters, PyTree, Where
-from .._operations import Transposed
+from .._operations import FactoredOperation, Transposed
 from .base import (
     empty_slots,
     is_tagged,
@@ -118,7 +118,9 @@ default_registry: Registry = Registry(
 )
 
 
-def tag(model: Model, *, registry: Registry = default_registry, frozen: Where | None = None) -> Model:
+def tag(
+    model: Model, *, registry: Registry = default_registry, block: Block | None = None, frozen: Where | None = None
+) -> Model:
     """Wraps every layer of a model in the tagged layer that the registry has for it.
 
     The outermost module with a rule is wrapped; all others (`eqx.nn.MLP`, `eqx.nn.MultiheadAttention`, lists, your own
@@ -131,6 +133,10 @@ def tag(model: Model, *, registry: Registry = default_registry, frozen: Where | 
 
     - `model`: any PyTree of modules.
     - `registry`: the rules.
+    - `block`: of all layers that are wrapped here, in place of what the rules choose. A [`kfax.KroneckerFactored`][] or
+        [`kfax.KroneckerSum`][] needs the inputs of a matrix: operations without them (scale and shift of a
+        normalization, the slopes of a PReLU, a [`kfax.TaggedModule`][]) keep the block of their rule. Any other block
+        is given to all. [`kfax.coverage`][] shows what each has.
     - `frozen`: what is not to be trained and needs no block: a function of the model that returns one of its nodes or
         a sequence of them, as the `where` of `eqx.tree_at`. Give the optimizer the same.
 
@@ -143,8 +149,17 @@ def tag(model: Model, *, registry: Registry = default_registry, frozen: Where | 
     def is_layer(node):
         return is_tagged(node) or type(node) in registry.rules
 
+    if not (block is None or isinstance(block, Block)):
+        raise ValueError(
+            f"`block` of `kfax.tag` must be one block, such as `kfax.Diagonal()`, got {block!r}. For other blocks in "
+            "single layers see `kfax.set_block`."
+        )
+
     def wrap(node):
-        return registry.apply(node) if is_layer(node) and registry.rules.get(type(node)) is not None else node
+        if is_tagged(node) or registry.rules.get(type(node)) is None:
+            return node
+        layer = registry.apply(node)
+        return layer if block is None else _with_block_where_it_fits(layer, block)
 
     tagged = _tie(jax.tree.map(wrap, model, is_leaf=is_layer), already=tagged_layers(model))
     split_parameters(tagged, frozen)
@@ -214,6 +229,16 @@ def _with_block(layer: TaggedLayer, block: Block | dict[str, Block]) -> TaggedLa
     changed = eqx.tree_at(lambda tagged: tagged.block, layer, block, is_leaf=lambda node: node is layer.block)
     changed.__check_init__()
     return changed
+
+
+def _with_block_where_it_fits(layer: TaggedLayer, block: Block) -> TaggedLayer:
+    """With a block for all operations but those without the inputs that it needs."""
+    needs_inputs = isinstance(block, KroneckerFactored | KroneckerSum)
+    operations = layer.operations()
+    misfits = [name for name, op in operations.items() if needs_inputs and not isinstance(op, FactoredOperation)]
+    if not misfits:
+        return _with_block(layer, block)
+    return _with_block(layer, {name: layer.block_of(name) if name in misfits else block for name in operations})
 
 
 def _is_within(path: str, prefix: str) -> bool:

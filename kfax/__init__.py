@@ -29,6 +29,7 @@ from ._blocks import (
 )
 from ._capture import check as check, value as value
 from ._estimators import (
+    BlockCurvature as BlockCurvature,
     BlockDiagonalCurvature as BlockDiagonalCurvature,
     BlockDiagonalState as BlockDiagonalState,
     CotangentSource as CotangentSource,
@@ -52,6 +53,7 @@ from ._layers import (
     coverage as coverage,
     CoverageRow as CoverageRow,
     default_registry as default_registry,
+    from_matrices as from_matrices,
     masked as masked,
     parameters_of as parameters_of,
     Registry as Registry,
@@ -69,6 +71,7 @@ from ._layers import (
     TaggedModule as TaggedModule,
     TaggedNorm as TaggedNorm,
     TaggedPReLU as TaggedPReLU,
+    to_matrices as to_matrices,
     untag as untag,
 )
 from ._losses import (

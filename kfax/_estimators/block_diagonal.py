@@ -25,6 +25,7 @@ from .base import (
     operator_of,
     total_weight,
 )
+from .block_curvature import BlockCurvature
 from .damping import damping_by_key, damping_by_parameter
 from .eigendecomposition import BlockEigendecomposition
 from .products import block_shapes, blocks_of, BlockShapes, VECTORS
@@ -153,6 +154,19 @@ class BlockDiagonalCurvature(CurvatureEstimator):
                 previous = previous if matrices[k] else refreshed[k]
             previous = (previous, results)
         return BlockDiagonalState(state.average, refreshed, state.shapes)
+
+    def blocks(self, state: BlockDiagonalState, parameters: Parameters) -> dict[str, BlockCurvature]:
+        """The blocks of C one by one, to look at or to work with.
+
+        **Arguments:**
+
+        - `state`: with the statistics to be used.
+        - `parameters`: any PyTree like the parameters; its values are not used.
+
+        **Returns:** by key, as in [`kfax.coverage`][], a [`kfax.BlockCurvature`][].
+        """
+        found, values = blocks_of(parameters, state.shapes), state.average.value
+        return {key: BlockCurvature(part.block, part.operation.shape(), values[key]) for key, part in found.items()}
 
     def refresh_flops(self, parameters: Parameters) -> dict[str, int]:
         """What a refresh costs, by key of the block.

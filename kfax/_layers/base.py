@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from equinox import AbstractVar
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, ArrayLike, Shaped
 
 from .._blocks import Block
 from .._math.types import Model, Parameters, PyTree
@@ -239,12 +239,47 @@ def masked(module: Model, mask: ArrayLike) -> Model:
 
 
 def to_matrices(tree: Parameters) -> dict[str, Shaped[Array, "..."]]:
-    """The matrix V of each operation of a parameter tree."""
-    return {key: part.operation.to_matrix() for key, part in parts(tree).items()}
+    """The matrix V of each operation of a model: of its parameters, its gradient, a direction.
+
+    The matrices are what blocks act on. For a dense layer `V = [W b]`; what it is for others is said where they are
+    described, in [`kfax.TaggedConv`][] for instance.
+
+    **Arguments:**
+
+    - `tree`: a PyTree like `kfax.parameters_of(model)`.
+
+    **Returns:** by key (the path of the layer, and `/` and the operation's name if it has several, as
+    [`kfax.coverage`][] prints them) an array `(*stack, *groups, d_g, d_a)`.
+
+    **Raises:** `ValueError` if there is no tagged layer.
+    """
+    found = parts(tree)
+    if not found:
+        raise ValueError(
+            "There is no tagged layer here, and so no matrix. Vectors are like `kfax.parameters_of(model)` of a model "
+            "that was given to `kfax.tag`."
+        )
+    return {key: part.operation.to_matrix() for key, part in found.items()}
 
 
-def from_matrices(tree: Parameters, matrices: Mapping[str, Float[Array, "..."]]) -> Parameters:
-    """The parameter tree with those matrices in it."""
+def from_matrices(tree: Parameters, matrices: Mapping[str, Shaped[Array, "..."]]) -> Parameters:
+    """The inverse of [`kfax.to_matrices`][]: a tree with those matrices in it.
+
+    **Arguments:**
+
+    - `tree`: a PyTree like `kfax.parameters_of(model)`, which says where the numbers of a matrix belong, and of which
+        dtype they are.
+    - `matrices`: a matrix for each key.
+
+    **Returns:** a PyTree like `tree`.
+
+    **Raises:** `ValueError` if keys or shapes are not those of `tree`.
+    """
+    shapes = {key: part.operation.shape() for key, part in parts(tree).items()}
+    expected = {key: (*shape.leading, shape.d_g, shape.d_a) for key, shape in shapes.items()}
+    found = {key: jnp.shape(matrix) for key, matrix in matrices.items()}
+    if found != expected:
+        raise ValueError(f"`matrices` must have the keys and shapes {expected}, got {found}.")
     new = {}
     for path, layer in tagged_layers(tree).items():
         leaves, structure = jax.tree.flatten(layer)

@@ -49,6 +49,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
+from ._math.mesh import on_automatic_axes
 from ._math.tree import tie
 from ._math.types import ArrayTree, Counter, PyTree
 
@@ -224,7 +225,7 @@ def _observer(slot: Slot, x_ndims: PyTree, y_ndims: PyTree) -> Callable:
     def backward(residuals, dy):
         slot.on_backward()
         x, value, weights, marker, present, context = residuals
-        statistic = fold(value, weights, marker, present, context, x, dy)
+        statistic = on_automatic_axes(fold)(value, weights, marker, present, context, x, dy)
         cotangent = jax.tree.map(lambda v, s: jnp.asarray(s, v.dtype), value, statistic)
         # Also what is constant, such as a count of rows, must be as mapped (or device-varying) as the slot is.
         return dy, None, tie(cotangent, value), None, None, None, None

@@ -220,7 +220,7 @@ def _with_bias(
 ) -> Float[Array, "d_a d_a"] | Float[Array, " d_a"]:
     """The second moment of inputs with a 1 appended, from the sums over inputs without it.
 
-    Appending to the (many) rows instead would copy them, and is refused for rows sharded over explicit mesh axes.
+    Appending to the (many) rows instead would copy them.
     """
     if moment.ndim == 1:
         return jnp.concatenate([moment, ones[None]])

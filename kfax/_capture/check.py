@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from .._layers import Part, parts, to_matrices
+from .._math.mesh import on_automatic_axes
 from .._math.types import Model, PRNGKey, Where
 from .linearize import Linearization, linearize, Problem, Reading
 
@@ -49,6 +50,7 @@ def check(
     check_observed(Problem(loss_fn, model, batch, key, model_state, frozen), example_axis)
 
 
+@on_automatic_axes
 def check_observed(problem: Problem, example_axis: str | None) -> None:
     """Whether loss and gradient are finite, and every use of a weight was observed, example by example."""
     value, is_finite, gaps, bare = _run(problem, example_axis, _random_weights)
@@ -81,6 +83,7 @@ def _run(problem: Problem, example_axis: str | None, weigh: Callable[[int], Arra
         raise ValueError(message) from None
 
 
+@on_automatic_axes
 def check_values(problem: Problem) -> None:
     """Whether loss and gradient are finite."""
     _report_finite(problem, *eqx.filter_jit(lambda problem: _values(linearize(problem)))(problem), {})

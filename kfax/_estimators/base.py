@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .._capture import Linearization, Problem
 from .._losses import Loss
+from .._math.mesh import on_automatic_axes
 from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
 from .damping import wide
 from .eigendecomposition import Eigendecomposition
@@ -51,6 +52,7 @@ class CurvatureEstimator(eqx.Module):
     def fold(self, state: Any, measured: Any) -> Any:
         """Takes what was measured on a batch into the estimate."""
 
+    @on_automatic_axes
     def update(
         self,
         state: Any,
@@ -220,6 +222,15 @@ def inverse_of(function: Callable[[Parameters], Parameters], parameters: Paramet
     """`function`, the inverse of something positive definite, as an operator."""
     structure = jax.eval_shape(lambda: wide(parameters))
     return lx.FunctionLinearOperator(lambda v: wide(function(narrow(v, parameters))), structure, _PSD)
+
+
+def division_by(damping: Parameters) -> lx.AbstractLinearOperator:
+    """Division by λ, which brings the smallest eigenvalues to 1: `lineax.CG` takes small ones for zero."""
+
+    def divide(vector):
+        return jax.tree.map(lambda v, by: v / jnp.where(by > 0, by, 1), vector, damping)
+
+    return inverse_of(divide, damping)
 
 
 _PSD = lx.positive_semidefinite_tag

@@ -13,9 +13,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .._capture import check_values, Cotangents, Linearization, linearize, linearize_outputs, Outputs, Problem
 from .._layers import parameters_of
+from .._math.mesh import on_automatic_axes
 from .._math.tree import combine, dot, norm, zeros_like
 from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
-from .base import CurvatureEstimator, inverse_of, narrow, operator_of
+from .base import CurvatureEstimator, division_by, narrow, operator_of
 from .damping import damping_by_parameter, wide
 from .eigendecomposition import Eigendecomposition
 from .products import check_matrix, dense, Hessian, linear_map
@@ -180,6 +181,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
     def multiply(self, state: ImplicitExactState, vector: Parameters) -> Parameters:
         return linear_map(self.source, _problem(state), state.key)(vector)
 
+    @on_automatic_axes
     def gram(self, state: ImplicitExactState, vectors: Sequence[Parameters]) -> Float[Array, "k k"]:
         r"""All the quadratic forms $v_i^\top C v_j$.
 
@@ -203,6 +205,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
         table = scale * jnp.stack([jnp.stack([dot(u, w) for w in rights]) for u in lefts])
         return (table + table.T) / 2
 
+    @on_automatic_axes
     def multiply_jacobian(self, state: ImplicitExactState, vector: Parameters) -> Cotangents:
         """`J v`: how the outputs change along v.
 
@@ -215,6 +218,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
         """
         return linearize_outputs(_problem(state)).push(vector)
 
+    @on_automatic_axes
     def multiply_jacobian_transpose(self, state: ImplicitExactState, vectors: Cotangents) -> Parameters:
         """`Jᵀ u`.
 
@@ -227,6 +231,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
         """
         return linearize_outputs(_problem(state)).pull(vectors)
 
+    @on_automatic_axes
     def multiply_factor(self, state: ImplicitExactState, vector: Float[Array, "n k"]) -> Parameters:
         r"""`B w`, of the factor B with `C = B Bᵀ`, which is `Jᵀ S / √N` with `H = S Sᵀ`.
 
@@ -242,6 +247,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
         pulled = outputs.pull(source.multiply_factor(outputs.losses, vector, state.key))
         return combine((1 / math.sqrt(outputs.losses[0].num_examples),), (pulled,))
 
+    @on_automatic_axes
     def multiply_factor_transpose(self, state: ImplicitExactState, vector: Parameters) -> Float[Array, "n k"]:
         """`Bᵀ v`, the adjoint of `multiply_factor`.
 
@@ -263,6 +269,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
 
     # -- inverses and powers --
 
+    @on_automatic_axes
     def solve(self, state: ImplicitExactState, vector: Parameters) -> Parameters:
         """`(C + λI)⁻¹ v`, by the iterative `solver`, with λ as of the last refresh.
 
@@ -344,7 +351,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
         **Returns:** an operator on PyTrees like the parameters, tagged as positive semi-definite.
         """
         if self.preconditioner is None:
-            return _undamp(state.damping)
+            return division_by(state.damping)
         return self.preconditioner.as_preconditioner(state.preconditioner, parameters)
 
     # -- what takes a matrix --
@@ -358,18 +365,10 @@ class ImplicitExactCurvature(CurvatureEstimator):
     def diagonal(self, state: ImplicitExactState, parameters: Parameters) -> Parameters:
         _refuse("a diagonal")
 
+    @on_automatic_axes
     def to_dense(self, state: ImplicitExactState, parameters: Parameters) -> Float[Array, "p p"]:
         """C as a matrix, by as many products as there are parameters."""
         return dense(linear_map(self.source, _problem(state), state.key), parameters)
-
-
-def _undamp(damping: Parameters) -> lx.AbstractLinearOperator:
-    """Division by λ, which brings the smallest eigenvalues to 1: `lineax.CG` takes small ones for zero."""
-
-    def divide(vector):
-        return jax.tree.map(lambda v, by: v / jnp.where(by > 0, by, 1), vector, damping)
-
-    return inverse_of(divide, damping)
 
 
 _ONE_BATCH = (

@@ -1,5 +1,6 @@
 """Exact curvature of one batch, as linear maps of vectors like the parameters."""
 
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import TypeAlias
 
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float
 
 from .._capture import linearize_outputs, Problem
 from .._layers import Part, parts
+from .._math.mesh import has_explicit_axes, on_automatic_axes
 from .._math.tree import combine
 from .._math.types import Parameters, PRNGKey
 from .sources import CurvatureSource
@@ -34,7 +36,12 @@ def check_matrix(source: CurvatureSource | Hessian) -> CurvatureSource | Hessian
 def linear_map(
     source: CurvatureSource | Hessian, problem: Problem, key: PRNGKey | None
 ) -> Callable[[Parameters], Parameters]:
-    """`v -> C v`, with what does not depend on v computed at once."""
+    """`v -> C v`, with what does not depend on v computed at once.
+
+    On a mesh with explicit axes it is computed for each v anew: what is kept of automatic axes cannot leave them.
+    """
+    if has_explicit_axes(problem):
+        return functools.partial(_multiply, source, problem, key)
     layout = layout_of(problem.parameters)
 
     def checked(vector):
@@ -55,6 +62,13 @@ def linear_map(
         return combine((1 / outputs.losses[0].num_examples,), (outputs.pull(product),))
 
     return multiply
+
+
+@on_automatic_axes
+def _multiply(
+    source: CurvatureSource | Hessian, problem: Problem, key: PRNGKey | None, vector: Parameters
+) -> Parameters:
+    return linear_map(source, problem, key)(vector)
 
 
 VECTORS = (

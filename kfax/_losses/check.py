@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._math.mesh import on_automatic_axes
 from .._math.types import PRNGKey
 from .base import Loss, NaturalLoss
 
@@ -18,6 +19,7 @@ NUM_DRAWS = 4096
 Method = Callable[[Float[Array, "n ..."]], Float[Array, "n ..."]]
 
 
+@on_automatic_axes
 def check_loss(loss: Loss, *, key: PRNGKey) -> tuple[str, ...]:
     """Compares all methods of a loss with each other and with automatic differentiation: a test for your own losses.
 

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import ArrayLike
 
 from .._capture import Problem, split_key
+from .._math.mesh import on_automatic_axes
 from .._math.scalars import are_valid, nonnegative, positive, scheduled
 from .._math.tree import all_finite, anywhere, combine, cond, dot, select, zeros_like
 from .._math.types import Counter, Model, Parameters, PRNGKey, Scalar, Schedule, Where
@@ -99,11 +100,13 @@ class _Link(eqx.Module):
     bound: Scalar | Schedule | None
     frozen: Where | None
 
+    @on_automatic_axes
     def init(self, params: Parameters) -> Any:
         parameters = Problem(self.loss_fn, params, None, frozen=self.frozen).parameters
         state = self.preconditioner.init(params, parameters, self.frozen)
         return ScaleByCurvatureState(jnp.zeros((), jnp.int32), state)
 
+    @on_automatic_axes
     def update(
         self,
         updates: Parameters,

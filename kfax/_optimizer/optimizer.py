@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool
 from .._capture import linearize, Problem, split_key
 from .._estimators import CurvatureEstimator, ExplicitExactCurvature, ImplicitExactCurvature
 from .._layers import split_parameters
+from .._math.mesh import on_automatic_axes
 from .._math.scalars import nonnegative, not_a_class, positive, within_closed_unit
 from .._math.tree import anywhere, cond, is_traced, zeros_like
 from .._math.types import Model, PRNGKey, PyTree, Schedule, Where
@@ -133,6 +134,7 @@ class Optimizer(eqx.Module):
         """The estimator of the curvature."""
         return self.preconditioner.estimator
 
+    @on_automatic_axes
     def init(self, model: Model, batch: Any, *, key: PRNGKey | None = None, model_state: Any = None) -> OptimizerState:
         """**Arguments:**
 
@@ -160,6 +162,7 @@ class Optimizer(eqx.Module):
             was_undone=jnp.zeros((), bool),
         )
 
+    @on_automatic_axes
     def step(
         self,
         model: Model,
@@ -199,6 +202,7 @@ class Optimizer(eqx.Module):
         parameters, state, info = self._rules.conclude(objective, state, proposed, failed, self.report_layers)
         return eqx.combine(parameters, model), state, info
 
+    @on_automatic_axes
     def burn_in(
         self, model: Model, state: OptimizerState, batch: Any, *, key: PRNGKey | None = None, model_state: Any = None
     ) -> OptimizerState:
@@ -211,6 +215,7 @@ class Optimizer(eqx.Module):
         problem, key = self._problem(model, state, batch, key, model_state)
         return self._observe(problem, state, key, due=True, is_wanted=True)[1]
 
+    @on_automatic_axes
     def refresh(self, model: Model, state: OptimizerState) -> OptimizerState:
         """Computes all inverses anew, for the present estimate and λ, whether they are due or not.
 
@@ -228,6 +233,7 @@ class Optimizer(eqx.Module):
         preconditioner, _ = self.preconditioner.refresh(state.preconditioner, parameters, damping)
         return eqx.tree_at(lambda s: s.preconditioner, state, preconditioner)
 
+    @on_automatic_axes
     def calibrate(
         self, model: Model, state: OptimizerState, batch: Any, *, key: PRNGKey | None = None, model_state: Any = None
     ) -> OptimizerState:

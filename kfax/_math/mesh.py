@@ -1,0 +1,88 @@
+"""Meshes with explicit axes, which `jax.make_mesh` makes by default."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import equinox as eqx
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from .tree import is_traced
+from .types import ArrayTree, PyTree
+
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def on_automatic_axes(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """The same function, to which explicit axes of its arguments' mesh are automatic ones.
+
+    With explicit axes, the sharding of each array is part of its type. JAX refuses operations whose result could be
+    sharded in several ways, such as a product that contracts the axis of the examples, unless they say in which. With
+    automatic axes the compiler decides. Where the result, or a part of it, has the structure and the shapes of an
+    argument, it is sharded as that is; all else is replicated.
+    """
+
+    @functools.wraps(function)
+    def automatic(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        arrays, rest = eqx.partition((args, kwargs), eqx.is_array)
+        mesh = _explicit_mesh(arrays)
+        if mesh is None:
+            return function(*args, **kwargs)
+        axis_types = {name: AxisType.Auto for name in _explicit_axes(mesh)}
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh.update_axis_types(axis_types)):
+            args, kwargs = eqx.combine(jax.sharding.reshard(arrays, PartitionSpec()), rest)
+            try:
+                result, others = eqx.partition(function(*args, **kwargs), eqx.is_array)
+            except ValueError as error:
+                if "Auto" in str(error):  # an axis type, as JAX speaks of it
+                    error.add_note(_WITHIN)
+                raise
+        known = [*arrays[0], *arrays[1].values()]
+        return eqx.combine(jax.sharding.reshard(result, _shardings(result, known, mesh)), others)
+
+    return automatic
+
+
+_WITHIN = (
+    "kfax runs `loss_fn` with automatic mesh axes. Arrays that it closes over must come in the batch or be NumPy "
+    "arrays, and what needs explicit axes (`out_sharding=`, `reshard`) goes into `jax.sharding.explicit_axes`."
+)
+
+
+def has_explicit_axes(x: PyTree) -> bool:
+    """Whether any array is on a mesh with explicit axes."""
+    return _explicit_mesh(eqx.filter(x, eqx.is_array)) is not None
+
+
+def _explicit_mesh(arrays: ArrayTree) -> Any:
+    """The mesh of the first array that is on one with explicit axes; in `jit` the abstract one."""
+    for leaf in jax.tree.leaves(arrays):
+        mesh = jax.typeof(leaf).sharding.mesh
+        if _explicit_axes(mesh):
+            return mesh if is_traced(leaf) else leaf.sharding.mesh
+    return None
+
+
+def _explicit_axes(mesh: Any) -> list[str]:
+    return [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit]
+
+
+def _shardings(arrays: ArrayTree, known: list[ArrayTree], mesh: Any) -> PyTree:
+    """That of the first of the known PyTrees which is like these arrays; otherwise, of each part of them by itself."""
+
+    def sharding_of(leaf):
+        return NamedSharding(mesh, jax.typeof(leaf).sharding.spec)
+
+    for tree in known:
+        if jax.tree.structure(tree) == jax.tree.structure(arrays) and _shapes(tree) == _shapes(arrays):
+            return jax.tree.map(sharding_of, tree)
+    if eqx.is_array(arrays):
+        return NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda part: _shardings(part, known, mesh), arrays, is_leaf=lambda node: node is not arrays)
+
+
+def _shapes(arrays: ArrayTree) -> list[tuple[int, ...]]:
+    return [leaf.shape for leaf in jax.tree.leaves(arrays)]

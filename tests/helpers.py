@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 
 # Relative to the largest number of the expected array. Looser ones state their reason where they are used.
@@ -33,6 +34,11 @@ def assert_close(actual, expected, tolerance=None):
 
 def parameters(model):
     return eqx.filter(model, eqx.is_inexact_array)
+
+
+def flat(tree):
+    """All numbers of a PyTree in one vector."""
+    return ravel_pytree(tree)[0]
 
 
 def layer_groups(model, paths):

@@ -9,6 +9,7 @@ import pytest
 from cases import grid, LOSSES, make_case, MODELS
 from exact_cases import like, SOURCES, truth, updated
 from helpers import assert_close, flat, layer_groups, mlp, parameters
+from jax.flatten_util import ravel_pytree
 from reference import block_diagonal, ggn, jacobians, softmax_loss
 
 import kfax
@@ -131,6 +132,19 @@ def test_every_update_counts_by_its_weight():
     for part in (slice(0, 1), slice(1, 6)):
         state = explicit.update(state, case.loss_fn, case.model, (case.x[part], case.y[part]))
     assert_close(explicit.to_dense(state, parameters(case.model)), truth(case, "ggn"))
+
+
+@grid(thin=2, model=MODELS)
+def test_gram_of_the_exact_ggn(model):
+    case = make_case(model, "softmax")
+    p = parameters(case.model)
+    vectors = [jax.tree.map(lambda x, s=s: jnp.sin(jnp.arange(x.size) * s + 1).reshape(x.shape), p) for s in (1.0, 2.0)]
+    exact = kfax.ImplicitExactCurvature()
+    state = exact.update(exact.init(case.model), case.loss_fn, case.model, case.batch)
+    gram = eqx.filter_jit(exact.gram)(state, vectors)
+    flat = jnp.stack([ravel_pytree(v)[0] for v in vectors])
+    matrix = ggn(case.outputs, p, case.one, case.y)
+    assert_close(gram, flat @ matrix @ flat.T)
 
 
 # -- models that other approaches cannot differentiate, or approximate --

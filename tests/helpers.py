@@ -41,6 +41,11 @@ def flat(tree):
     return ravel_pytree(tree)[0]
 
 
+def random(seed, *shape):
+    """Normal numbers, the same for the same seed."""
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
 def layer_groups(model, paths):
     """For each number of the raveled parameters, which of the layers at `paths` it belongs to."""
     groups = []

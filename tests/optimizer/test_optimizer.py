@@ -1,6 +1,7 @@
-"""The parts of a step: when inverses change, values given to it, L2, frozen parameters, keys, dtypes, files."""
+"""The parts of a step: when inverses change, values given to it, L2, frozen parameters, keys, dtypes, files, losses."""
 
 import functools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from cases import make_case
-from helpers import assert_close, parameters
+from helpers import assert_close, parameters, random
 from optimizer_cases import adaptive, begin, exact_ggn, fixed, KINDS, run
 
 import kfax
@@ -113,3 +114,34 @@ def test_state_survives_a_file(tmp_path):
     model2, state2 = eqx.tree_deserialise_leaves(tmp_path / "state.eqx", like)
     step = eqx.filter_jit(optimizer.step)
     assert eqx.tree_equal(step(model, state, case.batch), step(model2, state2, case.batch))
+
+
+def test_learned_variances_with_the_quadratic_model():
+    model = kfax.tag(eqx.nn.MLP(2, 2, 4, 1, activation=jnp.tanh, key=jax.random.key(0)))
+    x = random(1, 12, 2)
+
+    def loss_fn(model, batch):
+        means, log_variances = jnp.split(jax.vmap(model)(batch), 2, axis=1)
+        return kfax.gaussian_nll(means, log_variances, batch[:, :1])
+
+    auto = kfax.QuadraticModel(kfax.ExactFisher())
+    settings: dict[str, Any] = {
+        "learning_rate": auto,
+        "momentum": auto,
+        "damping": kfax.LevenbergMarquardt(initial=1.0),
+        "preconditioner": kfax.Preconditioner(
+            kfax.BlockDiagonalCurvature(kfax.CurvaturePropagation(source=kfax.ExactFisher()))
+        ),
+    }
+    optimizer = kfax.Optimizer(loss_fn, **settings)
+    state, losses = optimizer.init(model, x), []
+    step = eqx.filter_jit(optimizer.step)
+    for i in range(5):
+        model, state, info = step(model, state, x, key=jax.random.key(i))
+        losses.append(float(info.loss))
+    assert losses[-1] < losses[0]
+    settings["momentum"] = kfax.QuadraticModel()
+    with pytest.raises(ValueError, match="by one `kfax.QuadraticModel`"):
+        kfax.Optimizer(loss_fn, **settings)
+    with pytest.raises(ValueError, match="must be `kfax.ExactGGN"):
+        kfax.QuadraticModel(kfax.SampledFisher())

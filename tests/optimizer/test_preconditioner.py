@@ -1,7 +1,6 @@
-"""The preconditioner: when its parts are renewed, its damping, its power, and the norms that it bounds."""
+"""The preconditioner: when and of what its parts are renewed, its power, and the norms that it bounds."""
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,54 +8,10 @@ import jax.numpy as jnp
 import lineax as lx
 import pytest
 from cases import grid, make_case
-from helpers import assert_close, mlp, parameters
-from jax.flatten_util import ravel_pytree
-from reference import ggn
+from helpers import assert_close, flat, mlp, parameters
+from preconditioner_cases import change, EXACT, ggn_at, gradient_at, make, train
 
 import kfax
-
-
-EXACT = kfax.BlockDiagonalCurvature(kfax.ExactGGN())
-
-
-def make(loss_fn, preconditioner, **options):
-    settings: dict[str, Any] = {"learning_rate": 0.1, "momentum": 0.0, "damping": 0.1}
-    return kfax.Optimizer(loss_fn, preconditioner=preconditioner, **(settings | options))
-
-
-def train(optimizer, model, batches, **inputs):
-    state = eqx.filter_jit(optimizer.init)(model, batches[0])
-    step, history = eqx.filter_jit(optimizer.step), []
-    for i, batch in enumerate(batches):
-        before = model
-        model, state, info = step(model, state, batch, key=jax.random.key(i), **inputs)
-        history.append((before, model, state, info))
-    return history
-
-
-def objective(case, parameters):
-    return jnp.mean(jax.vmap(case.one)(case.outputs(parameters), case.y))
-
-
-def change(before, after):
-    """Parameters before, how to unravel them, and their change, raveled."""
-    theta, unravel = ravel_pytree(parameters(before))
-    return theta, unravel, flat(parameters(after)) - theta
-
-
-def gradient_at(case, theta, unravel):
-    return jax.grad(lambda v: objective(case, unravel(v)))(theta)
-
-
-def ggn_at(case, model, batch):
-    return ggn(lambda p: jax.vmap(kfax.untag(eqx.combine(p, model)))(batch[0]), parameters(model), case.one, batch[1])
-
-
-def flat(tree):
-    return ravel_pytree(tree)[0]
-
-
-# -- when --
 
 
 def test_a_staggered_refresh_has_every_block_once_in_a_period():
@@ -102,9 +57,6 @@ def test_burn_in_is_updates_without_steps():
     assert_close(state.curvature, expected)
 
 
-# -- of what --
-
-
 def test_statistics_and_quadratic_model_of_a_part_of_the_batch():
     case = make_case("mlp", "softmax", num_examples=8)
     model = kfax.QuadraticModel(batch=kfax.Fraction(1 / 4))
@@ -141,25 +93,6 @@ def test_a_fraction_of_a_batch():
         kfax.Fraction(0.3)(batch | {"z": jnp.zeros(3)}, jnp.asarray(0))
 
 
-# -- damping and power --
-
-
-@grid(damping=["multiple", "absolute", "scheduled"])
-def test_the_preconditioner_may_have_a_damping_of_its_own(damping):
-    case = make_case("mlp", "softmax")
-    own = {"multiple": kfax.DampingMultiple(3.0), "absolute": 0.7, "scheduled": lambda step: 1.0 / (1 + step)}[damping]
-    optimizer = make(case.loss_fn, kfax.Preconditioner(EXACT, inverse_update_period=1, damping=own), l2=0.05)
-    *_, state, info = train(optimizer, case.model, [case.batch] * 2)[-1]
-    value = {"multiple": 0.3, "absolute": 0.7, "scheduled": 0.5}[damping]
-    expected = EXACT.refresh(state.curvature, parameters(case.model), jnp.asarray(value + 0.05))
-    assert_close(state.curvature.inverses, expected.inverses)
-    assert_close(info.damping, jnp.asarray(0.1))
-    with pytest.raises(ValueError, match="is a multiple of the optimizer's λ, for the preconditioner"):
-        make(case.loss_fn, None, damping=kfax.DampingMultiple(2.0))
-    with pytest.raises(ValueError, match="`LevenbergMarquardt` adapts λ by the loss after each step"):
-        kfax.Preconditioner(EXACT, damping=kfax.LevenbergMarquardt(1.0))
-
-
 @grid(estimator=["blocks", "explicit"], slow=lambda estimator: estimator == "explicit")
 def test_a_power_of_the_curvature(estimator):
     """With the present damping, whenever the eigenbasis was computed."""
@@ -177,43 +110,6 @@ def test_a_power_of_the_curvature(estimator):
         gradient = gradient_at(case, theta, unravel) + 0.01 * theta
         damped = jnp.maximum(values, 0) + 0.1 / (1 + i) + 0.01
         assert_close(update, -0.1 * vectors @ ((vectors.T @ gradient) / jnp.sqrt(damped)))
-
-
-def test_relative_damping_makes_the_scale_of_the_loss_irrelevant():
-    """(cC + cλ)⁻¹ c∇h: exact case 13, without telling the optimizer of c."""
-    case = make_case("mlp", "softmax")
-    rule = kfax.RelativeDamping(kfax.LevenbergMarquardt(0.5, period=1))
-    auto = kfax.QuadraticModel()
-
-    def trained(c):
-        def loss_fn(model, batch):
-            return c * case.loss_fn(model, batch)
-
-        optimizer = make(loss_fn, kfax.Preconditioner(EXACT), damping=rule, learning_rate=auto, momentum=auto)
-        return train(optimizer, case.model, [case.batch] * 6)
-
-    one, seven = trained(1.0), trained(7.0)
-    # Rounding errors grow from step to step.
-    assert_close(parameters(seven[-1][1]), parameters(one[-1][1]), tolerance=1e-8)
-    assert_close(seven[-1][3].damping, 7 * one[-1][3].damping, tolerance=1e-8)
-    diagonal = flat(EXACT.diagonal(one[0][2].curvature, parameters(case.model)))
-    assert_close(one[0][3].damping, 0.5 * jnp.mean(diagonal))
-
-
-def test_relative_damping_of_an_indefinite_matrix_is_positive():
-    case = make_case("mlp", "softmax")
-    hessian = kfax.ExplicitExactCurvature(kfax.Hessian(), inversion=kfax.Eigh())
-    # Towards targets that the model is sure are wrong, and away from the others.
-    optimizer = make(
-        lambda m, b: -1.0 * case.loss_fn(m, b), kfax.Preconditioner(hessian), damping=kfax.RelativeDamping(0.5)
-    )
-    state = eqx.filter_jit(optimizer.init)(case.model, case.batch)
-    _, state, info = eqx.filter_jit(optimizer.step)(case.model, state, case.batch)
-    diagonal = flat(hessian.diagonal(state.curvature, parameters(case.model)))
-    assert jnp.sum(diagonal) < 0
-    assert_close(info.damping, 0.5 * jnp.mean(jnp.abs(diagonal)))
-    with pytest.raises(ValueError, match="`kfax.RelativeDamping` needs the diagonal"):
-        make(case.loss_fn, kfax.Preconditioner(kfax.ImplicitExactCurvature()), damping=kfax.RelativeDamping(0.5))
 
 
 def test_products_as_the_preconditioner():
@@ -257,73 +153,6 @@ def test_statistics_once_in_a_while_in_low_precision(dtype):
     assert history[2][3].loss < history[0][3].loss
 
 
-class Annealed(kfax.DampingRule):
-    """A rule of one's own, whose λ is not what it stores."""
-
-    def init(self):
-        return jnp.asarray(2.0)
-
-    def value(self, stored, step):
-        return stored * 0.9**step
-
-    def wants_ratio(self, step):
-        return False
-
-    def update(self, stored, ratio):
-        return stored
-
-
-def test_a_damping_rule_of_ones_own_keeps_what_it_stores():
-    case = make_case("mlp", "softmax")
-    history = train(make(case.loss_fn, kfax.Preconditioner(EXACT), damping=Annealed()), case.model, [case.batch] * 4)
-    assert_close(jnp.stack([row[3].damping for row in history]), 2.0 * 0.9 ** jnp.arange(4))
-    assert all(row[2].damping == 2.0 for row in history)
-
-
-def test_levenberg_marquardt_may_ask_for_the_exact_model():
-    case = make_case("mlp", "softmax")
-    infos = []
-    for exact in (None, kfax.ExactGGN()):
-        rule = kfax.LevenbergMarquardt(0.5, period=2, exact_model=exact)
-        history = train(make(case.loss_fn, kfax.Preconditioner(EXACT), damping=rule), case.model, [case.batch] * 2)
-        assert jnp.isnan(history[0][3].reduction_ratio)
-        infos.append(history[1][3])
-    before, after, *_ = history[1]
-    theta, unravel, update = change(before, after)
-    matrix = ggn_at(case, before, case.batch)
-    slope = gradient_at(case, theta, unravel) @ update
-    assert_close(infos[1].predicted_change, slope + update @ matrix @ update / 2)
-    assert not jnp.allclose(infos[0].predicted_change, infos[1].predicted_change, rtol=1e-3)
-
-
-def test_calibration_finds_where_the_rule_rests():
-    case = make_case("mlp", "softmax")
-    for initial in (1e-4, 1e4):
-        rule, auto = kfax.LevenbergMarquardt(initial, decay=0.9, period=5), kfax.QuadraticModel()
-        optimizer = make(case.loss_fn, kfax.Preconditioner(EXACT), damping=rule, learning_rate=auto, momentum=auto)
-        state = eqx.filter_jit(optimizer.init)(case.model, case.batch)
-        new = eqx.filter_jit(optimizer.calibrate)(case.model, state, case.batch)
-        assert new.step == 0 and new.damping != state.damping
-        assert bool(eqx.tree_equal(new.velocity, state.velocity))
-        # There the ratio of the first step is within the thresholds, or one adjustment from being so.
-        measuring = eqx.tree_at(lambda o: o.damping, optimizer, kfax.LevenbergMarquardt(1.0, period=1))
-        step = eqx.filter_jit(measuring.step)
-        tries = (new.damping * 0.9**5, new.damping)
-        ratios = [step(case.model, state, case.batch, damping=d)[2].reduction_ratio for d in tries]
-        assert min(ratios) < 0.75 and max(ratios) > 0.25
-    # There is nothing to be found on a batch that is not finite, nor where nothing moves.
-    bad = (case.x * jnp.nan, case.y)
-    assert eqx.filter_jit(optimizer.calibrate)(case.model, state, bad).damping == state.damping
-    exact = kfax.Preconditioner(EXACT)
-    nowhere = make(lambda m, b: 0.0 * case.loss_fn(m, b), exact, damping=rule, learning_rate=auto, momentum=auto)
-    assert eqx.filter_jit(nowhere.calibrate)(case.model, state, case.batch).damping == state.damping
-    with pytest.raises(ValueError, match="`calibrate` needs a damping that adapts"):
-        make(case.loss_fn, None).calibrate(case.model, state, case.batch)
-
-
-# -- the norm constraint --
-
-
 @grid(active=[True, False])
 def test_the_norm_constraint_is_tight_where_it_is_active(active):
     case = make_case("mlp", "softmax")
@@ -363,9 +192,6 @@ def test_norms_of_single_layers():
     assert all(norms.update == 0 and norms.descent > 0 for norms in undone.layers.values())
 
 
-# -- invariance --
-
-
 def test_a_step_does_not_depend_on_affine_maps_of_the_inputs():
     """Exact case 15: with hardly any damping, the step is the same function whatever basis the inputs come in.
 
@@ -394,15 +220,3 @@ def test_a_step_does_not_depend_on_affine_maps_of_the_inputs():
     assert jnp.max(jnp.abs(steps)) > 1e-2
     # What is left is the factors' damping, the root of 1e-14 relative to their smallest eigenvalues.
     assert_close(others, steps, tolerance=1e-4)
-
-
-def test_levenberg_marquardt_may_include_the_damping():
-    case = make_case("mlp", "softmax")
-    plain, damped = (kfax.LevenbergMarquardt(0.5, period=1, includes_damping=flag) for flag in (False, True))
-    infos = [
-        train(make(case.loss_fn, kfax.Preconditioner(EXACT), damping=rule), case.model, [case.batch])[0][3]
-        for rule in (plain, damped)
-    ]
-    assert_close(infos[1].predicted_change, infos[0].predicted_change + 0.25 * infos[0].update_norm ** 2)
-    actual = [info.reduction_ratio * info.predicted_change for info in infos]
-    assert_close(actual[1], actual[0])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import assert_close, parameters
+from layer_updates import update
 from reference import ggn, kronecker, squared_loss
 
 import kfax
@@ -15,12 +16,6 @@ import kfax
 nn = eqx.nn
 KEYS = jax.random.split(jax.random.key(4), 6)
 X = jax.random.normal(KEYS[0], (5, 3))
-
-
-def update(model, loss_fn, batch, frozen=None):
-    estimator = kfax.BlockDiagonalCurvature(kfax.ExactGGN())
-    run = eqx.filter_jit(lambda m, b: estimator.update(estimator.init(m, frozen=frozen), loss_fn, m, b, frozen=frozen))
-    return estimator, run(model, batch)
 
 
 def zeros_loss(run):

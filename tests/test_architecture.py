@@ -134,6 +134,14 @@ def test_no_global_state_and_no_private_jax():
         assert path.name not in ("utils.py", "misc.py", "helpers.py")
 
 
+def test_one_file_calls_lapack():
+    """It sees to it that no two calls can wait for each other."""
+    for path in FILES:
+        calls = re.findall(r"linalg\.(?:cholesky|eigh|eigvalsh|inv|pinv|solve|svd|qr|det|slogdet)\(", path.read_text())
+        own = re.findall(r"lax\.linalg|jsp\.linalg|scipy\.linalg|jnp\.linalg\.(?!norm)", path.read_text())
+        assert path.name == "linalg.py" or (not own and set(calls) <= {"linalg.eigh("}), path
+
+
 def test_importing_kfax_does_not_start_jax():
     """Users choose precision and devices after their imports."""
     code = "import kfax, jax; jax.config.update('jax_num_cpu_devices', 3); assert len(jax.devices('cpu')) == 3"

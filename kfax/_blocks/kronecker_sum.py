@@ -110,7 +110,7 @@ class KroneckerSum(Block):
         ndim = len(shape.leading)
         left, right = linalg.damp_factors(reverse.a, per_position(reverse), damping, ndim)
         k_left, s_left = linalg.diagonalize_both(per_position(direct), left, ndim)
-        k_right, s_right = linalg.diagonalize_both(linalg.after(direct.a, k_left), right, ndim)
+        k_right, s_right = linalg.diagonalize_both(direct.a, right, ndim)
         return SumInverse((k_left, k_right), (s_left, s_right))
 
     def factors(self, shape: MatrixShape, statistics: Any) -> tuple[Float[Array, "..."], ...]:

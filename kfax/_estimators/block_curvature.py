@@ -57,7 +57,7 @@ class BlockCurvature(eqx.Module):
     def spectrum(self) -> Spectrum:
         """The eigendecomposition of C: powers of C + λI, eigenvalues, a log-determinant. As costly as a refresh."""
         factors = self.block.factors(self.shape, self.statistics)
-        pairs = linalg.by_size(linalg.eigh, factors, self.statistics)
+        pairs = linalg.by_size(linalg.eigh, factors)
         return self.block.spectrum(self.shape, self.statistics, tuple(pairs))
 
     @property

@@ -17,7 +17,7 @@ from .._math import linalg
 from .._math.moving_average import MovingAverage
 from .._math.scalars import within_unit
 from .._math.tree import all_finite, keep_finite, select
-from .._math.types import Model, Parameters, PRNGKey, PyTree, Scalar, Where
+from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
 from .base import (
     check_source,
     CurvatureEstimator,
@@ -142,17 +142,12 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         values, refreshed = state.average.value, dict(state.inverses)
         if only is not None:
             found = {key: found[key] for key in only}
-        previous: PyTree = values  # a loss may have called LAPACK for them
         for function, diagonalizes in ((linalg.psd_inverse, False), (linalg.eigh, True)):
             chosen = {k: p for k, p in found.items() if p.block.diagonalizes is diagonalizes}
             matrices = {k: p.block.matrices(p.operation.shape(), values[k], dampings[k]) for k, p in chosen.items()}
-            results = _factorize(function, matrices, previous)
+            results = _factorize(function, matrices)
             for k, part in chosen.items():
-                # What a block computes by itself has to wait its turn.
-                mine = values[k] if matrices[k] else _after(values[k], (results, previous))
-                refreshed[k] = part.block.refresh(part.operation.shape(), mine, dampings[k], results[k])
-                previous = previous if matrices[k] else refreshed[k]
-            previous = (previous, results)
+                refreshed[k] = part.block.refresh(part.operation.shape(), values[k], dampings[k], results[k])
         return BlockDiagonalState(state.average, refreshed, state.shapes)
 
     def blocks(self, state: BlockDiagonalState, parameters: Parameters) -> dict[str, BlockCurvature]:
@@ -210,7 +205,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
     def decompose(self, state: BlockDiagonalState, parameters: Parameters) -> BlockEigendecomposition:
         found, values = blocks_of(parameters, state.shapes), state.average.value
         factors = {key: part.block.factors(part.operation.shape(), values[key]) for key, part in found.items()}
-        pairs = _factorize(linalg.eigh, factors, values)
+        pairs = _factorize(linalg.eigh, factors)
         spectra = {
             key: part.block.spectrum(part.operation.shape(), values[key], pairs[key]) for key, part in found.items()
         }
@@ -317,15 +312,11 @@ def _by_key(
     return found, damping_by_key(tuple(found), damping)
 
 
-def _factorize(function: Callable, matrices: Mapping[str, tuple], previous: PyTree) -> dict[str, tuple]:
+def _factorize(function: Callable, matrices: Mapping[str, tuple]) -> dict[str, tuple]:
     """Applies a factorization to all matrices at once."""
     flat = [matrix for several in matrices.values() for matrix in several]
-    results = iter(linalg.by_size(function, flat, previous))
+    results = iter(linalg.by_size(function, flat))
     return {key: tuple(next(results) for _ in several) for key, several in matrices.items()}
-
-
-def _after(statistics: PyTree, previous: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: linalg.after(leaf, previous), statistics)
 
 
 def _by_part(function: Callable, state: BlockDiagonalState, vector: Parameters) -> Parameters:

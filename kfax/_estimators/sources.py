@@ -2,7 +2,6 @@
 
 import abc
 import math
-from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -11,7 +10,6 @@ from jaxtyping import Array, Float
 
 from .._capture import Cotangents
 from .._losses import Loss
-from .._math.linalg import after
 from .._math.types import Counter, PRNGKey
 
 
@@ -104,7 +102,7 @@ class ExactSource(CurvatureSource):
     def multiply_factor(self, losses: tuple[Loss, ...], vector: Float[Array, "n k"], key: PRNGKey | None) -> Cotangents:
         del key
         results, start = [], 0
-        for loss in _in_turn(losses, self.factor):
+        for loss in losses:
             stop = start + math.prod(loss.outputs.shape[1:])
             part = vector[:, start:stop].reshape(loss.outputs.shape).astype(loss.outputs.dtype)
             results.append(loss.weigh(self.factor(loss, part)))
@@ -115,7 +113,7 @@ class ExactSource(CurvatureSource):
         self, losses: tuple[Loss, ...], vectors: Cotangents, key: PRNGKey | None
     ) -> Float[Array, "n k"]:
         del key
-        pairs = zip(_in_turn(losses, self.factor), vectors, strict=True)
+        pairs = zip(losses, vectors, strict=True)
         results = [self.factor_transpose(loss, loss.weigh(vector)) for loss, vector in pairs]
         return jnp.concatenate([result.reshape(len(result), -1) for result in results], axis=1)
 
@@ -280,19 +278,6 @@ def check_deterministic(name: str, source: CurvatureSource) -> CurvatureSource:
             f"`kfax.EmpiricalFisher()`, got {source!r}."
         )
     return source
-
-
-def _in_turn(losses: tuple[Loss, ...], factor: Callable) -> tuple[Loss, ...]:
-    """The losses, each made to wait for the factor of the one before, which may have called LAPACK: see `after`.
-
-    What is waited for does not depend on the vector to be multiplied, so that XLA can take it out of a loop.
-    """
-    first, *others = losses
-    held = [first]
-    for loss in others:
-        previous = factor(held[-1], jnp.ones_like(held[-1].outputs))
-        held.append(eqx.tree_at(lambda one: one.outputs, loss, after(loss.outputs, previous)))
-    return tuple(held)
 
 
 def _zeros(losses: tuple[Loss, ...]) -> Cotangents:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from .._math.linalg import matmul
+from .._math.linalg import eigh, matmul
 from .._math.types import ArrayTree, PRNGKey, PyTree
 from .base import check_outputs, expand, Loss, make_weighting, Weighting
 
@@ -132,10 +132,7 @@ class FunctionLoss(Loss):
             return jax.hessian(lambda v: self.function(v.reshape(event), *data))(flat)
 
         matrix = self._map(hessian, self._columns(self.outputs), *self.data)
-        if size == 1:
-            values, vectors = matrix[..., 0], jnp.ones_like(matrix)
-        else:
-            values, vectors = jnp.linalg.eigh(matrix)
+        values, vectors = eigh(matrix)
         return jnp.sqrt(jnp.maximum(values, 0)), vectors
 
     def _columns(self, array: Float[Array, "n ..."]) -> Float[Array, "n ... e"]:

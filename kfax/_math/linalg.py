@@ -1,13 +1,16 @@
 """Dense linear algebra on (stacks of) symmetric matrices; knows matrices, not layers."""
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from .types import ArrayTree, PyTree, Scalar
+from .types import ArrayTree, Scalar
 
 
 # Preconditioning must not lose digits to the reduced-precision matrix units of accelerators.
@@ -73,6 +76,86 @@ def least_damping(size: int, dtype: DTypeLike) -> float:
     return 8 * size * float(jnp.finfo(dtype).eps) if size > 1 else 0.0
 
 
+def _one_by_one(function: Callable[[Array], ArrayTree]) -> Callable[[Array], Any]:
+    """`function`, which calls LAPACK for matrices `(*stack, d, d)`, made to factorize one after the other on the CPU.
+
+    There a batched call occupies a thread of XLA's pool while it waits for tasks that it hands to the same pool: with
+    as many of them as threads, forever (jaxlib 0.10.2). A call for one matrix waits for nothing. Axes that are mapped
+    by `jax.vmap` join the stack, which otherwise would make a batched call of the single ones. Accelerators factorize
+    in batches.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def over_stack(stack):
+        return jax.lax.platform_dependent(stack, cpu=functools.partial(_in_turn, function), default=function)
+
+    @over_stack.def_vmap
+    def _(axis_size, in_batched, stack):
+        del in_batched
+        results = over_stack(stack.reshape(-1, *stack.shape[2:]))
+        results = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), results)
+        return results, jax.tree.map(lambda _: True, results)
+
+    @functools.wraps(function)
+    def factorize(matrix):
+        leading, size = matrix.shape[:-2], matrix.shape[-1]
+        results = over_stack(matrix.reshape(-1, size, size))
+        return jax.tree.map(lambda x: x.reshape(*leading, *x.shape[1:]), results)
+
+    return factorize
+
+
+def _in_turn(function: Callable[[Array], ArrayTree], stack: Float[Array, "k d d"]) -> ArrayTree:
+    """`function` of one matrix after the other."""
+    axes = jax.typeof(stack).sharding.spec[0]
+    if axes is not None:
+        # On a mesh with explicit axes no loop may go over what is sharded: every device goes through all of it.
+        results = _in_turn(function, jax.sharding.reshard(stack, PartitionSpec()))
+        return jax.tree.map(lambda x: jax.sharding.reshard(x, PartitionSpec(axes)), results)
+    if 0 < len(stack) <= _MAX_WRITTEN_OUT:
+        return jax.tree.map(lambda *x: jnp.stack(x), *[function(matrix) for matrix in stack])
+    return jax.lax.map(function, stack)
+
+
+# So few matrices are faster to compile without a loop: by a quarter, for the ten sizes of a deep autoencoder.
+_MAX_WRITTEN_OUT = 4
+
+
+@jax.custom_jvp
+@_one_by_one
+def _inverse_root(matrix: Float[Array, "*stack d d"]) -> Float[Array, "*stack d d"]:
+    """`L⁻¹` of a positive definite `L Lᵀ`, where L is lower triangular."""
+    root = jnp.linalg.cholesky(matrix, symmetrize_input=False)
+    eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
+    return jax.lax.linalg.triangular_solve(root, eye, left_side=True, lower=True)
+
+
+@_inverse_root.defjvp
+def _(primals, tangents):
+    [matrix], [tangent] = primals, tangents
+    inverse = _inverse_root(matrix)
+    change = matmul(inverse, tangent, inverse.mT)
+    lower = jnp.tril(change) - as_dense(diagonal(change, change.ndim - 2), change.ndim - 2) / 2
+    return inverse, -matmul(lower, inverse)
+
+
+@jax.custom_jvp
+@_one_by_one
+def _eigh(matrix: Float[Array, "*stack d d"]) -> tuple[Float[Array, "*stack d"], Float[Array, "*stack d d"]]:
+    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    return values, vectors
+
+
+@_eigh.defjvp
+def _(primals, tangents):
+    [matrix], [tangent] = primals, tangents
+    values, vectors = _eigh(matrix)
+    change = matmul(vectors.mT, tangent, vectors)
+    gaps = values[..., None, :] - values[..., :, None] + jnp.eye(values.shape[-1], dtype=values.dtype)
+    rotation = jnp.where(jnp.eye(values.shape[-1], dtype=bool), 0, change / gaps)
+    return (values, vectors), (diagonal(change, change.ndim - 2), matmul(vectors, rotation))
+
+
 def psd_inverse(matrix: Float[Array, "*stack d d"]) -> Float[Array, "*stack d d"]:
     """The inverse of (a stack of) symmetric positive definite matrices, by Cholesky: about d³ multiply-adds each.
 
@@ -81,10 +164,8 @@ def psd_inverse(matrix: Float[Array, "*stack d d"]) -> Float[Array, "*stack d d"
     if matrix.shape[-1] == 1:
         return jnp.where((matrix > 0) & jnp.isfinite(matrix), 1 / matrix, jnp.nan)
     matrix, finite = _finite_or_eye(matrix)
-    factor = jnp.linalg.cholesky(matrix, symmetrize_input=False)
-    eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
-    root = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
-    return jnp.where(finite, matmul(jnp.swapaxes(root, -1, -2), root), jnp.nan)
+    root = _inverse_root(matrix)
+    return jnp.where(finite, matmul(root.mT, root), jnp.nan)
 
 
 def eigh(matrix: Float[Array, "*stack d d"]) -> tuple[Float[Array, "*stack d"], Float[Array, "*stack d d"]]:
@@ -95,7 +176,7 @@ def eigh(matrix: Float[Array, "*stack d d"]) -> tuple[Float[Array, "*stack d"], 
     if matrix.shape[-1] == 1:
         return matrix[..., 0], jnp.ones_like(matrix)
     matrix, finite = _finite_or_eye(matrix)
-    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    values, vectors = _eigh(matrix)
     return jnp.where(finite[..., 0], values, jnp.nan), jnp.where(finite, vectors, jnp.nan)
 
 
@@ -114,30 +195,15 @@ def diagonalize_both(
     """
     if is_diagonal(metric, ndim):
         return jax.lax.rsqrt(metric), matrix / metric
-    root = jnp.linalg.cholesky(metric, symmetrize_input=False)
-    half = jax.lax.linalg.triangular_solve(root, matrix, left_side=True, lower=True)
-    both = jax.lax.linalg.triangular_solve(root, half, left_side=False, lower=True, transpose_a=True)
-    values, vectors = jnp.linalg.eigh(both)
-    k = jax.lax.linalg.triangular_solve(root, vectors, left_side=True, lower=True, transpose_a=True)
-    return k, jnp.maximum(values, 0)
+    root = _inverse_root(metric)
+    values, vectors = _eigh(matmul(root, as_dense(matrix, ndim), root.mT))
+    return matmul(root.mT, vectors), jnp.maximum(values, 0)
 
 
-def after(array: Array, previous: ArrayTree) -> Array:
-    """`array`, but not before all of `previous` is computed.
-
-    XLA would run two factorizations at the same time on the CPU, where each occupies a thread of a pool and waits for
-    tasks that it hands to the same pool: with as many of them as threads, forever (jaxlib 0.10.2).
-    """
-    firsts = [jnp.ravel(leaf)[0] for leaf in jax.tree.leaves(previous)]
-    # A dependence that no compiler can see through: nothing here is ever infinite.
-    return jnp.where(sum(firsts) == -jnp.inf, jnp.nan, array) if firsts else array
-
-
-def by_size(function: Callable[[Array], ArrayTree], matrices: Sequence[Array], previous: PyTree = None) -> list:
+def by_size(function: Callable[[Array], ArrayTree], matrices: Sequence[Array]) -> list:
     """Applies `function`, which factorizes a stack of matrices, once for each size and dtype among `matrices`.
 
-    Fewer, larger calls: a smaller program to compile, and batched kernels on accelerators. Each call waits for the one
-    before, and the first for `previous`: see `after`.
+    Fewer, larger calls: a smaller program to compile, and batched kernels on accelerators.
     """
     groups: dict[tuple, list[int]] = {}
     for i, matrix in enumerate(matrices):
@@ -145,8 +211,7 @@ def by_size(function: Callable[[Array], ArrayTree], matrices: Sequence[Array], p
     results: list = [None] * len(matrices)
     for (size, _), members in groups.items():
         stacks = [matrices[i].reshape(-1, size, size) for i in members]
-        stacked = jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0]
-        out = previous = function(after(stacked, previous))
+        out = function(jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0])
         start = 0
         for i, stack in zip(members, stacks, strict=True):
             part = slice(start, start + len(stack))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._estimators import check_deterministic, CurvatureSource, ExactGGN
+from .._math.linalg import eigh, matmul
 from .._math.types import Scalar
 
 
@@ -88,4 +89,7 @@ def _solve_psd(matrix: Float[Array, "k k"], vector: Float[Array, " k"]) -> Float
     scale = jnp.where(diagonal > 0, 1 / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1)), 0)
     scaled = scale[:, None] * matrix * scale[None, :]
     cutoff = 10 * len(vector) * jnp.finfo(matrix.dtype).eps
-    return scale * (jnp.linalg.pinv(scaled, rtol=cutoff, hermitian=True) @ (scale * vector))
+    values, vectors = eigh(scaled)
+    kept = jnp.abs(values) > cutoff * jnp.max(jnp.abs(values))
+    inverses = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+    return scale * matmul(vectors, inverses * matmul(vectors.T, scale * vector))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import assert_close
+from jax.sharding import AxisType, PartitionSpec
 from reference import kronecker
 
 from kfax._math import linalg, tree
@@ -42,20 +43,66 @@ def test_by_size_calls_once_for_each_size_and_keeps_order(key):
     assert_close(results, [linalg.psd_inverse(m) for m in matrices])
 
 
-def _arguments_in_use(function, *shapes):
-    """Which arguments the compiled program reads, by position."""
-    text = jax.jit(function, keep_unused=True).lower(*shapes).compile().as_text() or ""
-    parameters = re.findall(r"%(\S+) = \S+ parameter\((\d+)\)", text[text.index("ENTRY") :])
-    entry = text[text.index("ENTRY") :]
-    return {int(number) for name, number in parameters if len(re.findall(rf"%{re.escape(name)}\b", entry)) > 1}
+def diagonalize_both(matrix):
+    return linalg.diagonalize_both(matrix, matrix @ matrix, matrix.ndim - 2)
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_no_compiler_removes_the_order_of_inversions(number):
-    x = jnp.ones((3, 3))
-    function = lambda x, *previous: linalg.after(x, previous)  # noqa: E731
-    assert _arguments_in_use(function, x, *[x] * number) == set(range(number + 1))
-    assert _arguments_in_use(lambda x, y: x, x, x) == {0}  # the expression finds what it looks for
+FACTORIZATIONS = [linalg.psd_inverse, linalg.eigh, diagonalize_both]
+
+
+@pytest.mark.parametrize("function", FACTORIZATIONS)
+def test_the_cpu_factorizes_one_by_one_however_it_is_mapped(key, function):
+    """Two batched calls at the same time could stop XLA for good: see "One matrix at a time" in the design notes."""
+    matrix = psd(key, 4, (2, 3, 2))
+    mapped = jax.jit(jax.vmap(jax.vmap(function)))
+    calls = re.findall(r"custom_call @lapack_\w+\(.*num_batch_dims = \"(\d)\"", mapped.lower(matrix).as_text())
+    assert calls and set(calls) == {"0"}
+    single = [function(m) for m in matrix.reshape(-1, 4, 4)]
+    expected = jax.tree.map(lambda *x: jnp.stack(x).reshape(2, 3, 2, *x[0].shape), *single)
+    assert_close(mapped(matrix), expected)
+    assert_close(function(matrix), expected)
+
+
+@pytest.mark.parametrize("function", FACTORIZATIONS)
+def test_accelerators_factorize_in_batches(function):
+    matrix = jax.ShapeDtypeStruct((2, 3, 4, 4), jnp.float32)
+    for platform in ("cuda", "tpu"):
+        text = jax.export.export(jax.jit(jax.vmap(function)), platforms=[platform])(matrix).mlir_module()
+        assert "stablehlo.while" not in text and "6x4x4xf32" in text
+
+
+def test_a_stack_that_is_sharded_explicitly(key):
+    mesh = jax.make_mesh((4,), ("stack",), axis_types=(AxisType.Explicit,))
+    matrix = psd(key, 3, (8,))
+    with jax.set_mesh(mesh):
+        values, vectors = jax.jit(linalg.eigh)(jax.device_put(matrix, PartitionSpec("stack")))
+        assert values.sharding.spec[0] == vectors.sharding.spec[0] == "stack"
+    assert_close((values, vectors), linalg.eigh(matrix))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_factorizations_have_derivatives(key, order):
+    matrix, change, weights = psd(key, 4, (3,)), psd(jax.random.key(1), 4, (3,)), psd(jax.random.key(2), 4, (3,))
+
+    def by_both(m):
+        k, s = linalg.diagonalize_both(m, jnp.eye(4) + m @ m, 1)
+        return k @ (s[..., None] * jnp.swapaxes(k, -1, -2))
+
+    def by_eigh(m):
+        values, vectors = linalg.eigh(m)
+        return vectors @ (jnp.exp(-values)[..., None] * jnp.swapaxes(vectors, -1, -2))
+
+    def derivative(function):
+        along = lambda t: jnp.sum(weights * function(matrix + t * change))  # noqa: E731
+        for _ in range(order):
+            along = jax.grad(along)
+        return along(0.1)
+
+    assert_close(derivative(linalg.psd_inverse), derivative(jnp.linalg.inv))
+    assert_close(derivative(by_eigh), derivative(lambda m: jax.vmap(jax.scipy.linalg.expm)(-m)))
+    # Of K and s with Kᵀ B K = I and Kᵀ M K = diag(s): K s Kᵀ = B⁻¹ M B⁻¹.
+    inverse = lambda m: jnp.linalg.inv(jnp.eye(4) + m @ m)  # noqa: E731
+    assert_close(derivative(by_both), derivative(lambda m: inverse(m) @ m @ inverse(m)))
 
 
 @pytest.mark.parametrize("damping", [1e-6, 1e-2, 10.0])

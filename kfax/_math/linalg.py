@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
@@ -107,11 +106,6 @@ def _one_by_one(function: Callable[[Array], ArrayTree]) -> Callable[[Array], Any
 
 def _in_turn(function: Callable[[Array], ArrayTree], stack: Float[Array, "k d d"]) -> ArrayTree:
     """`function` of one matrix after the other."""
-    axes = jax.typeof(stack).sharding.spec[0]
-    if axes is not None:
-        # On a mesh with explicit axes no loop may go over what is sharded: every device goes through all of it.
-        results = _in_turn(function, jax.sharding.reshard(stack, PartitionSpec()))
-        return jax.tree.map(lambda x: jax.sharding.reshard(x, PartitionSpec(axes)), results)
     if 0 < len(stack) <= _MAX_WRITTEN_OUT:
         return jax.tree.map(lambda *x: jnp.stack(x), *[function(matrix) for matrix in stack])
     return jax.lax.map(function, stack)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import assert_close
-from jax.sharding import AxisType, PartitionSpec
 from reference import kronecker
 
 from kfax._math import linalg, tree
@@ -69,15 +68,6 @@ def test_accelerators_factorize_in_batches(function):
     for platform in ("cuda", "tpu"):
         text = jax.export.export(jax.jit(jax.vmap(function)), platforms=[platform])(matrix).mlir_module()
         assert "stablehlo.while" not in text and "6x4x4xf32" in text
-
-
-def test_a_stack_that_is_sharded_explicitly(key):
-    mesh = jax.make_mesh((4,), ("stack",), axis_types=(AxisType.Explicit,))
-    matrix = psd(key, 3, (8,))
-    with jax.set_mesh(mesh):
-        values, vectors = jax.jit(linalg.eigh)(jax.device_put(matrix, PartitionSpec("stack")))
-        assert values.sharding.spec[0] == vectors.sharding.spec[0] == "stack"
-    assert_close((values, vectors), linalg.eigh(matrix))
 
 
 @pytest.mark.parametrize("order", [1, 2])

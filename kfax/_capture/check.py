@@ -65,7 +65,7 @@ def check_observed(problem: Problem, example_axis: str | None) -> None:
     if not doubtful:
         return
     # Why? Without weights the axis makes no difference: only what was not observed leaves a gap of the same order.
-    plain = _run(problem, example_axis, jnp.ones)[2]
+    plain = _run(problem, example_axis, np.ones)[2]
     faults = [path for path in doubtful if not plain[path].is_rounding or _of_same_order(plain[path], doubtful[path])]
     _report_unobserved({path: float(plain[path].relative) for path in faults})
     whole = [path for path, gap in doubtful.items() if not gap.in_parts]  # where examples were seen all at once
@@ -73,7 +73,7 @@ def check_observed(problem: Problem, example_axis: str | None) -> None:
         _report_examples(problem, example_axis, whole)
 
 
-def _run(problem: Problem, example_axis: str | None, weigh: Callable[[int], Array]) -> Any:
+def _run(problem: Problem, example_axis: str | None, weigh: Callable[[int], np.ndarray]) -> Any:
     try:
         with jax.default_matmul_precision("highest"):  # or accelerators would round the rebuilt gradients to 10 bits
             return jax.block_until_ready(eqx.filter_jit(_compare)(problem, example_axis, weigh))
@@ -200,8 +200,8 @@ def _differ(x: np.ndarray, y: np.ndarray, dtype: Any) -> bool:
     return bool(np.linalg.norm(x - y) > float(jnp.finfo(dtype).eps) ** 0.75 * scale)
 
 
-def _random_weights(number: int) -> Float[Array, " n"]:
-    return jax.random.uniform(jax.random.key(1), (number,), maxval=2.0)
+def _random_weights(number: int) -> np.ndarray:
+    return np.random.default_rng(0).uniform(0, 2, number)  # a constant of the program, in which every layer has it
 
 
 def _values(linearization: Linearization) -> tuple[Array, dict[str, Bool[Array, ""]]]:
@@ -211,7 +211,7 @@ def _values(linearization: Linearization) -> tuple[Array, dict[str, Bool[Array, 
 
 
 def _compare(
-    problem: Problem, example_axis: str | None, weigh: Callable[[int], Array]
+    problem: Problem, example_axis: str | None, weigh: Callable[[int], np.ndarray]
 ) -> tuple[Array, dict[str, Bool[Array, ""]], dict[str, _Gap], Array]:
     """`_values`; how each layer's two gradients differ if examples have the weights that `weigh` makes; the bare loss.
 
@@ -231,11 +231,11 @@ def _compare(
     return value, is_finite, gaps, problem.evaluate(problem.parameters).value() if is_stacked else value
 
 
-def _by_example(weights: Float[Array, " n"], array: Array) -> Array:
+def _by_example(weights: np.ndarray, array: Array) -> Array:
     return array * weights.reshape(-1, *(1,) * (array.ndim - 1)).astype(array.dtype)
 
 
-def _read_gradient(weigh: Callable[[int], Array], part: Part, num_examples: int) -> Reading:
+def _read_gradient(weigh: Callable[[int], np.ndarray], part: Part, num_examples: int) -> Reading:
     """Reads the gradient of V by the observed rows, and what `_gap` asks besides."""
     shape = part.operation.shape()
     dtype = shape.statistics_dtype
@@ -247,7 +247,7 @@ def _read_gradient(weigh: Callable[[int], Array], part: Part, num_examples: int)
 
     def statistic(operation, use):
         in_parts = use.num_examples != num_examples
-        weights = jnp.ones(use.num_examples) if in_parts else weigh(num_examples)
+        weights = np.ones(use.num_examples) if in_parts else weigh(num_examples)
         dy = jax.tree.map(lambda leaf: _by_example(weights, leaf), use.dy)
         x, dy = rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (use.x, dy))
         abs_x, abs_dy = jax.tree.map(lambda leaf: jnp.abs(leaf) if _is_float(leaf) else leaf, rows)

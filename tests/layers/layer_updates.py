@@ -6,8 +6,8 @@ import jax
 import kfax
 
 
-def update(model, loss_fn, batch, source=None, frozen=None, example_axis=None):
-    estimator = kfax.BlockDiagonalCurvature(source or kfax.ExactGGN(), example_axis=example_axis)
+def update(model, loss_fn, batch, frozen=None, example_axis=None):
+    estimator = kfax.BlockDiagonalCurvature(kfax.ExactGGN(), example_axis=example_axis)
     run = eqx.filter_jit(lambda m, b: estimator.update(estimator.init(m, frozen=frozen), loss_fn, m, b, frozen=frozen))
     return estimator, run(model, batch)
 

@@ -257,8 +257,7 @@ def _row_statistic(slot: Slot, x_ndims: PyTree, y_ndims: PyTree) -> Callable:
         fault = axis.fault(found)
         if fault is not None:
             zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
-            anything = jnp.ravel(first)[0]
-            return eqx.error_if(zeros, (anything == anything) | (anything != anything), fault)
+            return _fails(zeros, first, fault)
 
         counts = None if present is None else present.reshape(rows[0], -1)
 
@@ -272,6 +271,12 @@ def _row_statistic(slot: Slot, x_ndims: PyTree, y_ndims: PyTree) -> Callable:
         return read(Use(x, dy, counts, weights, context))
 
     return statistic
+
+
+def _fails(statistic: ArrayTree, rows: ArrayTree, fault: str) -> ArrayTree:
+    """The statistic, whose computation fails if it is run."""
+    anything = jnp.ravel(jax.tree.leaves(rows)[0])[0]
+    return eqx.error_if(statistic, (anything == anything) | (anything != anything), fault)
 
 
 def _replace_absent(x: Array, present: Bool[Array, "n p"]) -> Array:
@@ -324,8 +329,6 @@ def _make_fold(
             return out, jax.tree.map(lambda _: True, out)
 
         # One layer for all elements: the axis enumerates rows.
-        if axis.name is None and not any(jax.tree.leaves(rows_mapped[1:])):
-            raise ValueError(axis.summed())
         if is_stacked:
             value, weights, context = jax.tree.map(one, of_layer, layer_mapped)
         position = num_stacks + (1 if seen else 0)
@@ -334,6 +337,8 @@ def _make_fold(
         marker = None if is_examples else marker
         if not is_stacked:
             out = fold(value, weights, marker, present, context, x, dy)
+            if axis.name is None and size == axis.size and not any(jax.tree.leaves(rows_mapped[1:])):
+                out = _fails(out, dy, axis.summed())
             return out, jax.tree.map(lambda _: False, out)
 
         # A `cond` took the slot along. JAX will add up what is due to each example for which this branch was taken.

@@ -38,7 +38,7 @@ def test_batch_norm_in_a_sequence_is_trained_with_its_state(block):
         learning_rate=0.3,
         momentum=0.0,
         damping=0.1,
-        preconditioner=kfax.Preconditioner(kfax.BlockDiagonalCurvature(kfax.ExactGGN())),
+        preconditioner=kfax.Preconditioner(kfax.BlockDiagonalCurvature(kfax.ExactGGN(), example_axis="batch")),
     )
     clone = lambda s: jax.tree.unflatten(jax.tree.structure(s), jax.tree.leaves(s))  # noqa: E731
     opt_state = optimizer.init(model, (x, y), model_state=clone(state))

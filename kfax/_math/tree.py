@@ -36,10 +36,14 @@ def mean(x: ArrayTree) -> Scalar:
 
 
 def combine(coefficients: tuple[ArrayLike, ...], trees: tuple[ArrayTree, ...]) -> ArrayTree:
-    """The linear combination of several PyTrees of one structure; each leaf keeps the first tree's dtype."""
+    """The linear combination of several PyTrees of one structure; each leaf keeps the first tree's dtype.
+
+    Computed in the leaves' widest dtype, at least float32: not in that of the coefficients, which may be float64.
+    """
 
     def leaf(first, *rest):
-        terms = (c * x for c, x in zip(coefficients, (first, *rest), strict=True))
+        dtype = jnp.promote_types(jnp.result_type(first, *rest), jnp.float32)
+        terms = (jnp.asarray(c, dtype) * x for c, x in zip(coefficients, (first, *rest), strict=True))
         return jax.tree.reduce(operator.add, list(terms)).astype(first.dtype)
 
     return jax.tree.map(leaf, *trees)

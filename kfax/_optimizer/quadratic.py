@@ -75,7 +75,7 @@ class PlaneModel(eqx.Module):
 
     def change(self, coefficients: Float[Array, " k"]) -> Scalar:
         """What the model, without damping, predicts for the change of the objective."""
-        return coefficients @ self.slopes + coefficients @ self.gram @ coefficients / 2
+        return matmul(coefficients, self.slopes) + matmul(coefficients, self.gram, coefficients) / 2
 
 
 def _divide(numerator: Scalar, denominator: Scalar) -> Scalar:

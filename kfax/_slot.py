@@ -49,7 +49,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
-from ._math.mesh import on_automatic_axes
+from ._math.mesh import as_around, on_automatic_axes
 from ._math.tree import tie
 from ._math.types import ArrayTree, Counter, PyTree
 
@@ -202,7 +202,7 @@ def observe(y: _Y, x: PyTree, slot: Slot | Hidden | None, context: PyTree = None
     """
     if slot is None:
         return y
-    slot = slot.slot if isinstance(slot, Hidden) else slot
+    slot = as_around(slot.slot) if isinstance(slot, Hidden) else slot
     slot.on_forward()
     observed, rest = eqx.partition(y, eqx.is_inexact_array)
     x = jax.tree.map(jnp.asarray, x)

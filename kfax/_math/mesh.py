@@ -52,6 +52,14 @@ _WITHIN = (
 )
 
 
+def as_around(x: PyTree) -> PyTree:
+    """What a function closes over, with explicit axes where it is called within `jax.sharding.explicit_axes`."""
+    if not _explicit_axes(jax.sharding.get_abstract_mesh()):
+        return x
+    arrays, rest = eqx.partition(x, eqx.is_array)
+    return eqx.combine(jax.sharding.reshard(arrays, PartitionSpec()), rest)
+
+
 def has_explicit_axes(x: PyTree) -> bool:
     """Whether any array is on a mesh with explicit axes."""
     return _explicit_mesh(eqx.filter(x, eqx.is_array)) is not None

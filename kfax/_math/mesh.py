@@ -14,6 +14,7 @@ from .types import ArrayTree, PyTree
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
+_Tree = TypeVar("_Tree")
 
 
 def on_automatic_axes(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -52,7 +53,7 @@ _WITHIN = (
 )
 
 
-def as_around(x: PyTree) -> PyTree:
+def as_around(x: _Tree) -> _Tree:
     """What a function closes over, with explicit axes where it is called within `jax.sharding.explicit_axes`."""
     if not _explicit_axes(jax.sharding.get_abstract_mesh()):
         return x

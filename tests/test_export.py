@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import grid
 
 import kfax
 
@@ -150,8 +151,7 @@ def without_draws(text):
     return "".join(f for f in functions if not re.match(r"\n  func\.func private @_(uniform|bernoulli|rademacher)", f))
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("name", STEPS)
+@grid(thin=2, name=STEPS, platform=["cuda", "tpu"])
 def test_a_step_stays_on_the_device_and_in_float32(name, platform):
     text = step_program(name, platform)
     targets = re.findall(r"custom_call @([\w.]+)", text)
@@ -168,7 +168,7 @@ def test_without_float64_there_is_none(name):
         assert "f64" not in step_program(name)
 
 
-@pytest.mark.parametrize("name", STEPS)
+@grid(thin=2, name=STEPS)
 def test_all_but_statistics_is_at_full_precision(name):
     """The rest is the model's own or of the statistics, which follow the user's `jax_default_matmul_precision`."""
     make_optimizer, make_model = STEPS[name]
@@ -184,7 +184,7 @@ def test_all_but_statistics_is_at_full_precision(name):
         assert precisions(program(update, *arguments)) <= {"HIGHEST", "HIGH"}
 
 
-@pytest.mark.parametrize("name", [name for name in STEPS if name != "function loss"])
+@grid(thin=2, name=[name for name in STEPS if name != "function loss"])
 def test_whatever_is_solved_is_at_full_precision(name):
     make_optimizer, make_model = STEPS[name]
     estimator, (model, _) = make_optimizer().preconditioner.estimator, make_model()

@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from .._math import linalg
 from .._math.scalars import finite, nonnegative
+from .._math.tree import full_like, Summarized, zeros_like
 from .._math.types import Scalar
 
 
@@ -234,15 +235,14 @@ class Eigh(Inversion):
 
 def immovable(inverse: Inverse) -> Inverse:
     """One of the same structure that maps everything to zero: what stands for an inverse before there is any."""
-    zeros = jax.tree.map(jnp.zeros_like, inverse)
-    return jax.tree.map(unbounded, zeros, is_leaf=lambda x: isinstance(x, Spectrum))
+    return jax.tree.map(unbounded, zeros_like(inverse), is_leaf=lambda x: isinstance(x, Spectrum))
 
 
 def unbounded(spectrum: Any) -> Any:
     """With eigenvalues of infinity, so that for any λ negative powers map everything to zero. Only of spectra."""
     if not isinstance(spectrum, Spectrum):
         return spectrum
-    return Spectrum(spectrum.left, spectrum.right, jnp.full_like(spectrum.values, jnp.inf))
+    return Spectrum(spectrum.left, spectrum.right, full_like(spectrum.values, jnp.inf))
 
 
 def check_inversion(inversion: Inversion) -> Inversion:
@@ -251,10 +251,15 @@ def check_inversion(inversion: Inversion) -> Inversion:
     return inversion
 
 
-class ProductInverse(Inverse):
+class ProductInverse(Inverse, Summarized):
     """A Kronecker product of inverse factors."""
 
     product: Product
+
+    def summary(self) -> list[Float[Array, "..."]]:
+        """Of a positive definite matrix no entry is larger than one on its diagonal."""
+        left, right, ndim = self.product.left, self.product.right, self.product.ndim
+        return [linalg.diagonal(factor, ndim) for factor in (left, right) if factor is not None]
 
     def solve(self, vector: Float[Array, "..."]) -> Float[Array, "..."]:
         return self.product.multiply(vector)

@@ -7,12 +7,14 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._math import linalg
+from .._math.tree import Summarized
 from .._operations import FactoredOperation, MatrixShape
 from .._slot import Use
 from .base import Recorded
 
 
-class KroneckerFactors(eqx.Module):
+class KroneckerFactors(Summarized):
     """The statistics of a `KroneckerFactored` block, as means over examples; the block is `G ⊗ A / R`.
 
     Either factor may be diagonal, and is then its diagonal.
@@ -30,6 +32,11 @@ class KroneckerFactors(eqx.Module):
     a: Float[Array, "..."]
     g: Float[Array, "..."]
     positions: Float[Array, "*leading"]
+
+    def summary(self) -> list[Float[Array, "..."]]:
+        """Of a positive semi-definite matrix no entry is larger than one on its diagonal."""
+        ndim = self.positions.ndim
+        return [self.positions, linalg.diagonal(self.a, ndim), linalg.diagonal(self.g, ndim)]
 
 
 class FactorSizes(eqx.Module):
@@ -220,8 +227,11 @@ def _with_bias(
 ) -> Float[Array, "d_a d_a"] | Float[Array, " d_a"]:
     """The second moment of inputs with a 1 appended, from the sums over inputs without it.
 
-    Appending to the (many) rows instead would copy them.
+    Appending to the (many) rows instead would copy them. Written as one kernel.
     """
     if moment.ndim == 1:
         return jnp.concatenate([moment, ones[None]])
-    return jnp.block([[moment, sums[:, None]], [sums[None, :], ones[None, None]]])
+    row = jnp.concatenate([sums, ones[None]])
+    last = jnp.arange(len(row)) == len(sums)
+    padded = jnp.pad(moment, (0, 1))
+    return jnp.where(last[:, None], row[None, :], jnp.where(last[None, :], row[:, None], padded))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from .._layers import Part, parts, to_matrices
 from .._math.mesh import on_automatic_axes
+from .._math.tree import zeros_like
 from .._math.types import Model, PRNGKey, Where
 from .linearize import Linearization, linearize, Problem, Reading
 
@@ -223,10 +224,21 @@ def _compare(
     shapes = [loss.outputs for loss in losses]
     cotangents = tuple(jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, shapes, strict=True))
     weights = weigh(linearization.evaluation.num_examples)
-    true = to_matrices(linearization.pull(tuple(_by_example(weights, u) for u in cotangents))[0])
-    observed = linearization.observe(cotangents)
-    gaps = {path: _gap(true[path], *observed[path]) for path in observed}
-    value, is_finite = _values(linearization)
+    weighted = tuple(_by_example(weights, u) for u in cotangents)
+
+    def pull(before, cotangents):
+        gradient, observed = linearization.pullback(cotangents)
+        gradient = to_matrices(gradient)
+        gaps = {path: _gap(before[path], *observed[path]) for path in observed}
+        return gradient, ({path: jnp.all(jnp.isfinite(g)) for path, g in gradient.items()}, gaps)
+
+    # One backward pass is compiled, and run with three cotangents; gaps are between the last one and that before it.
+    passes = (linearization.of_value(), linearization.at_outputs(weighted), linearization.at_outputs(cotangents))
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *passes)
+    start = to_matrices(zeros_like(problem.parameters))
+    _, (finite, gaps) = jax.lax.scan(pull, start, stacked)
+    is_finite, gaps = jax.tree.map(lambda x: x[0], finite), jax.tree.map(lambda x: x[-1], gaps)
+    value = linearization.evaluation.value()
     is_stacked = any(part.operation.shape().stack for part in parts(problem.parameters).values())
     return value, is_finite, gaps, problem.evaluate(problem.parameters).value() if is_stacked else value
 

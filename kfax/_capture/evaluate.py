@@ -37,14 +37,21 @@ class Evaluation(eqx.Module):
         return sum((loss.value() for loss in self.losses), self.penalty)
 
 
-def split_key(key: Any) -> tuple[PRNGKey | None, PRNGKey | None]:
-    """One key for `loss_fn` and one for the curvature's source, of the one that a user gave, if any."""
+def split_key(loss_fn: Callable, key: Any) -> tuple[PRNGKey | None, PRNGKey | None]:
+    """A key for `loss_fn` and one for the curvature's source, of the one that a user gave, if any.
+
+    They are the same if `loss_fn` takes none: a problem always has a key that is mapped as that of its source is, to
+    which the slots are tied.
+    """
     if key is None:
         return None, None
     try:
-        loss_key, source_key = jax.random.split(key)
+        jax.eval_shape(jax.random.split, key)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`key` must be a single JAX key, such as `jax.random.key(0)`, got {key!r}.") from error
+    if "key" not in inspect.signature(loss_fn).parameters:
+        return key, key
+    loss_key, source_key = jax.random.split(key)
     return loss_key, source_key
 
 

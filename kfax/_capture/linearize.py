@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from .._layers import Borrowed, borrowed, fill_slots, parameters_of, Part, parts, split_parameters, trainable
 from .._losses import Loss
 from .._math.tree import tie
-from .._math.types import ArrayTree, Model, Parameters, PRNGKey, Where
+from .._math.types import ArrayTree, Model, Parameters, PRNGKey, PyTree, Where
 from .._operations import Operation
 from .._slot import ExampleAxis, Slot, Use
 from .evaluate import evaluate, Evaluation
@@ -89,24 +89,23 @@ class Linearization(eqx.Module):
 
     def gradient(self) -> Parameters:
         """The gradient of the summed losses and penalties in the parameters, also through targets and weights."""
+        return self.pullback(self.of_value())[0]
+
+    def observe(self, cotangents: Cotangents) -> dict[str, Any]:
+        """What the layers' readings are when the losses' outputs have these cotangents, by path."""
+        return self.pullback(self.at_outputs(cotangents))[1]
+
+    def of_value(self) -> PyTree:
+        """Cotangents, for `pullback`, of the sum of losses and penalties."""
 
         def value(terms):
             losses, penalty = terms
             return Evaluation(losses, penalty, None, None).value()
 
-        parameters, _ = self.pullback(eqx.filter_grad(value)((self.losses, self.evaluation.penalty)))
-        return parameters
+        return eqx.filter_grad(value)((self.losses, self.evaluation.penalty))
 
-    def observe(self, cotangents: Cotangents) -> dict[str, Any]:
-        """What the layers' readings are when the losses' outputs have these cotangents, by path."""
-        return self.pullback(self._at_outputs(cotangents))[1]
-
-    def pull(self, cotangents: Cotangents) -> tuple[Parameters, dict[str, Any]]:
-        """The parameters' cotangent together with the readings."""
-        return self.pullback(self._at_outputs(cotangents))
-
-    def _at_outputs(self, cotangents):
-        """Cotangents of all arrays of the losses, which are zero but for the outputs, and of the penalty."""
+    def at_outputs(self, cotangents: Cotangents) -> PyTree:
+        """Cotangents, for `pullback`, which are zero but for those of the losses' outputs."""
         terms = (self.losses, self.evaluation.penalty)
         zeros = jax.tree.map(jnp.zeros_like, eqx.filter(terms, eqx.is_inexact_array))
         return eqx.tree_at(lambda terms: [loss.outputs for loss in terms[0]], zeros, list(cotangents))
@@ -227,6 +226,7 @@ _ONLY_BACKWARD = (
 _FORWARD = {
     "forward-mode": f"`loss_fn` differentiates a tagged layer. {_NOT_DIFFERENTIATED}",
     "custom_lin": f"`loss_fn` differentiates a tagged layer. {_NOT_DIFFERENTIATED}",
+    "call_hi_primitive": f"`loss_fn` differentiates a tagged layer. {_NOT_DIFFERENTIATED}",
     "closed-over value": f"A tagged layer {_OUT_OF_SIGHT}",
 }
 _PUSH = {"while_loop": _ONLY_BACKWARD}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .._capture import Linearization, Problem
+from .._capture import Linearization, Problem, split_key
 from .._losses import Loss
 from .._math.mesh import on_automatic_axes
 from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
@@ -78,7 +78,7 @@ class CurvatureEstimator(eqx.Module):
 
         **Returns:** the new state.
         """
-        model_key, source_key = (None, None) if key is None else jax.random.split(key)
+        model_key, source_key = split_key(loss_fn, key)
         problem = Problem(loss_fn, model, batch, model_key, model_state, frozen)
         return self.fold(state, self.measure(self.linearize(problem), source_key))
 

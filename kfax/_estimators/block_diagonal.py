@@ -86,7 +86,8 @@ class BlockDiagonalCurvature(CurvatureEstimator):
     def init(self, model: Model, *, frozen: Where | None = None) -> BlockDiagonalState:
         parameters, _ = split_parameters(model, frozen)
         found = parts(parameters)
-        blocks = {key: part.block.init(part.operation.shape()) for key, part in found.items()}
+        shapes = {key: part.operation.shape() for key, part in found.items()}
+        blocks = eqx.filter_eval_shape(lambda: {key: part.block.init(shapes[key]) for key, part in found.items()})
         average = MovingAverage.zeros({key: block.statistics for key, block in blocks.items()})
         inverses = {key: immovable(block.inverse) for key, block in blocks.items()}
         return BlockDiagonalState(average, inverses, block_shapes(found))
@@ -109,9 +110,9 @@ class BlockDiagonalCurvature(CurvatureEstimator):
     def fold_finite(
         self, state: BlockDiagonalState, measured: MovingAverage, is_good: Bool[Array, ""]
     ) -> tuple[BlockDiagonalState, Bool[Array, ""]]:
-        folded = self.fold(state, measured)
-        finite = all_finite(folded.average)
-        return select(is_good & finite, folded, state), ~finite
+        finite = all_finite((measured, self.decay))
+        average = select(is_good & finite, self.fold(state, measured).average, state.average)
+        return BlockDiagonalState(average, state.inverses, state.shapes), ~finite
 
     def weight(self, state: BlockDiagonalState) -> Scalar:
         return state.average.weight

@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from .._capture import check_values, Cotangents, Linearization, linearize, linearize_outputs, Outputs, Problem
 from .._layers import parameters_of
 from .._math.mesh import on_automatic_axes
-from .._math.tree import combine, dot, norm, zeros_like
+from .._math.tree import combine, inner_products, norm, zeros_like
 from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
 from .base import CurvatureEstimator, division_by, narrow, operator_of
 from .damping import damping_by_parameter, wide
@@ -202,7 +202,9 @@ class ImplicitExactCurvature(CurvatureEstimator):
             lefts = [outputs.push(v) for v in vectors]
             rights = [self.source.multiply(outputs.losses, u, state.key) for u in lefts]
             scale = 1 / outputs.losses[0].num_examples
-        table = scale * jnp.stack([jnp.stack([dot(u, w) for w in rights]) for u in lefts])
+        k = len(lefts)
+        pairs = [(i, k + j) for i in range(k) for j in range(k)]
+        table = scale * jnp.sum(inner_products((*lefts, *rights), pairs)[0], axis=0).reshape(k, k)
         return (table + table.T) / 2
 
     @on_automatic_axes

@@ -311,10 +311,10 @@ def _check_samples(num_samples: int) -> int:
     return num_samples
 
 
-def _split(key: PRNGKey | None, index: Counter, number: int) -> Array:
+def _split(key: PRNGKey | None, index: Counter, number: int) -> list[PRNGKey]:
     if key is None:
         raise ValueError(
             "This curvature source draws random numbers: pass `key=jax.random.key(...)`, a new one at each step, or "
             "use `kfax.ExactGGN()`."
         )
-    return jax.random.split(jax.random.fold_in(key, index), number)
+    return [jax.random.fold_in(key, index * number + i) for i in range(number)]

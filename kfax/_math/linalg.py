@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from .types import ArrayTree, Scalar
 
@@ -38,7 +39,10 @@ def as_dense(factor: Float[Array, "..."], ndim: int) -> Float[Array, "*leading d
 
 def diagonal(factor: Float[Array, "..."], ndim: int) -> Float[Array, "*leading d"]:
     """The diagonal of a factor with `ndim` leading axes."""
-    return factor if is_diagonal(factor, ndim) else jnp.diagonal(factor, axis1=-2, axis2=-1)
+    if is_diagonal(factor, ndim):
+        return factor
+    *leading, size, _ = factor.shape
+    return factor.reshape(*leading, size * size)[..., :: size + 1]  # a slice, which compiles faster than a gather
 
 
 def transpose(matrix: Float[Array, "*leading d e"] | None) -> Float[Array, "*leading e d"] | None:
@@ -58,12 +62,16 @@ def sandwich(
 
 
 def shift(factor: Float[Array, "..."], by: Scalar, ndim: int) -> Float[Array, "..."]:
-    """Adds a multiple of the identity to a factor with `ndim` leading axes: of a matrix, at least `least_damping`."""
+    """Adds a multiple of the identity to a factor with `ndim` leading axes: of a matrix, at least `least_damping`.
+
+    A matrix whose trace is not finite becomes one with NaN on its diagonal: of an infinite one some libraries make an
+    inverse of zeros.
+    """
     by = by.astype(factor.dtype)
     if is_diagonal(factor, ndim):
         return factor + by
-    size = factor.shape[-1]
-    by = jnp.maximum(by, least_damping(size, factor.dtype) * _mean_eigenvalue(factor, ndim))
+    size, mean = factor.shape[-1], _mean_eigenvalue(factor, ndim)
+    by = jnp.where(jnp.isfinite(mean), jnp.maximum(by, least_damping(size, factor.dtype) * mean), jnp.nan)
     return factor + by[..., None, None] * jnp.eye(size, dtype=factor.dtype)
 
 
@@ -153,13 +161,12 @@ def _(primals, tangents):
 def psd_inverse(matrix: Float[Array, "*stack d d"]) -> Float[Array, "*stack d d"]:
     """The inverse of (a stack of) symmetric positive definite matrices, by Cholesky: about d³ multiply-adds each.
 
-    NaN where a matrix is not positive definite to working precision, or not finite.
+    NaN where a matrix is not positive definite to working precision, or has a NaN.
     """
     if matrix.shape[-1] == 1:
         return jnp.where((matrix > 0) & jnp.isfinite(matrix), 1 / matrix, jnp.nan)
-    matrix, finite = _finite_or_eye(matrix)
     root = _inverse_root(matrix)
-    return jnp.where(finite, matmul(root.mT, root), jnp.nan)
+    return matmul(root.mT, root)
 
 
 def eigh(matrix: Float[Array, "*stack d d"]) -> tuple[Float[Array, "*stack d"], Float[Array, "*stack d d"]]:
@@ -169,15 +176,10 @@ def eigh(matrix: Float[Array, "*stack d d"]) -> tuple[Float[Array, "*stack d"], 
     """
     if matrix.shape[-1] == 1:
         return matrix[..., 0], jnp.ones_like(matrix)
-    matrix, finite = _finite_or_eye(matrix)
-    values, vectors = _eigh(matrix)
-    return jnp.where(finite[..., 0], values, jnp.nan), jnp.where(finite, vectors, jnp.nan)
-
-
-def _finite_or_eye(matrix: Float[Array, "*stack d d"]) -> tuple[Float[Array, "*stack d d"], Bool[Array, "*stack 1 1"]]:
-    """Spares a factorization what is not finite: some libraries return numbers for it, or never return."""
+    # Some libraries return numbers for what is not finite, or never return.
     finite = jnp.all(jnp.isfinite(matrix), axis=(-2, -1), keepdims=True)
-    return jnp.where(finite, matrix, jnp.eye(matrix.shape[-1], dtype=matrix.dtype)), finite
+    values, vectors = _eigh(jnp.where(finite, matrix, jnp.eye(matrix.shape[-1], dtype=matrix.dtype)))
+    return jnp.where(finite[..., 0], values, jnp.nan), jnp.where(finite, vectors, jnp.nan)
 
 
 def diagonalize_both(
@@ -195,24 +197,40 @@ def diagonalize_both(
 
 
 def by_size(function: Callable[[Array], ArrayTree], matrices: Sequence[Array]) -> list:
-    """Applies `function`, which factorizes a stack of matrices, once for each size and dtype among `matrices`.
+    """Applies `function`, which factorizes a stack of matrices, to several, once for each size and dtype among them.
 
-    Fewer, larger calls: a smaller program to compile, and batched kernels on accelerators.
+    Fewer, larger calls: batched kernels on accelerators. The CPU factorizes one by one in any case, and is spared the
+    copies.
     """
     groups: dict[tuple, list[int]] = {}
     for i, matrix in enumerate(matrices):
         groups.setdefault((matrix.shape[-1], matrix.dtype), []).append(i)
+
+    def apart(*members):
+        return [function(matrix) for matrix in members]
+
+    def together(*members):
+        stacks = [matrix.reshape(-1, *matrix.shape[-2:]) for matrix in members]
+        ends = np.cumsum([len(stack) for stack in stacks])
+        out = jax.tree.map(lambda x: jnp.split(x, ends[:-1]), function(jnp.concatenate(stacks)))
+        return [
+            jax.tree.map(lambda x, i=i, m=m: x[i].reshape(*m.shape[:-2], *x[i].shape[1:]), out, is_leaf=_is_list)
+            for i, m in enumerate(members)
+        ]
+
     results: list = [None] * len(matrices)
-    for (size, _), members in groups.items():
-        stacks = [matrices[i].reshape(-1, size, size) for i in members]
-        out = function(jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0])
-        start = 0
-        for i, stack in zip(members, stacks, strict=True):
-            part = slice(start, start + len(stack))
-            leading = matrices[i].shape[:-2]
-            results[i] = jax.tree.map(lambda x, p=part, s=leading: x[p].reshape(*s, *x.shape[1:]), out)
-            start += len(stack)
+    for indices in groups.values():
+        members = [matrices[i] for i in indices]
+        found = (
+            apart(*members) if len(members) == 1 else jax.lax.platform_dependent(*members, cpu=apart, default=together)
+        )
+        for i, result in zip(indices, found, strict=True):
+            results[i] = result
     return results
+
+
+def _is_list(x: Any) -> bool:
+    return isinstance(x, list)
 
 
 def damp_factors(
@@ -224,31 +242,27 @@ def damp_factors(
     6.3). They are returned on a common scale, `tr Â / d_a = tr Ĝ / d_g`, which leaves the product unchanged and keeps
     both near the middle of the exponent range. A 1x1 factor is left undamped and all of λ goes to the other one,
     which makes the damping exact. If either factor vanishes (beside λ) the product is `λI`. Each factor has `ndim`
-    leading axes, and may be the diagonal of a diagonal matrix. Neither is damped by less than `least_damping`.
+    leading axes, and may be the diagonal of a diagonal matrix. Neither is damped by less than `least_damping`. NaN if
+    the product of their traces is not finite.
     """
     d_a, d_g = a.shape[-1], g.shape[-1]
     mean_a, mean_g = _mean_eigenvalue(a, ndim), _mean_eigenvalue(g, ndim)
-    product = mean_a * mean_g
+    product, damping = mean_a * mean_g, damping.astype(a.dtype)
     # Anything smaller is nothing beside λ, and must not be divided by.
-    alive = product > jnp.finfo(a.dtype).eps ** 2 * damping.astype(a.dtype)
+    alive = product > jnp.finfo(a.dtype).eps ** 2 * damping
     safe = jnp.where(alive, product, 1)
-    num_matrices = max((d_a > 1) + (d_g > 1), 1)
-    relative = (damping.astype(a.dtype) / safe) ** (1 / num_matrices)
-    scale = safe ** (1 / num_matrices)
-    constant = damping.astype(a.dtype) ** (1 / num_matrices)
+    root = jnp.sqrt if d_a > 1 and d_g > 1 else lambda x: x  # of two matrices, or one
+    scale, constant = root(safe), root(damping)
 
     def damped(factor, mean, is_matrix):
-        def expand(scalar):
-            return scalar.reshape(*scalar.shape, *(1,) * (factor.ndim - ndim))
-
         size = factor.shape[-1]
         eye = jnp.ones(size, factor.dtype) if is_diagonal(factor, ndim) else jnp.eye(size, dtype=factor.dtype)
-        eye = jnp.broadcast_to(eye, factor.shape)
         if not is_matrix:
-            return eye
-        unit = factor / expand(jnp.where(alive, mean, 1))
-        by = jnp.maximum(relative, least_damping(size, factor.dtype))
-        return jnp.where(expand(alive), expand(scale) * (unit + expand(by) * eye), constant * eye)
+            return jnp.broadcast_to(eye, factor.shape)
+        multiple = jnp.where(alive, scale / jnp.where(alive, mean, 1), 0) + 0 * product  # or NaN
+        added = jnp.maximum(constant, jnp.where(alive, scale, 0) * least_damping(size, factor.dtype))
+        multiple, added = (x.reshape(*x.shape, *(1,) * (factor.ndim - ndim)) for x in (multiple, added))
+        return multiple * factor + added * eye
 
     return damped(a, mean_a, d_a > 1 or d_g == 1), damped(g, mean_g, d_g > 1)
 

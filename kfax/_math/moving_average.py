@@ -26,7 +26,8 @@ class MovingAverage(eqx.Module):
 
     @classmethod
     def zeros(cls, like: ArrayTree) -> "MovingAverage":
-        return cls(zeros_like(like), jnp.zeros((), jnp.result_type(float)))
+        weight = jax.ShapeDtypeStruct((), jnp.result_type(float))
+        return cls(zeros_like(like), zeros_like(weight))
 
     def update(self, new: ArrayTree, decay: Scalar, weight: ArrayLike = 1) -> "MovingAverage":
         total = decay.astype(self.weight.dtype) * self.weight + weight

@@ -1,15 +1,18 @@
 """Vector-space operations on PyTrees of arrays."""
 
+import abc
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool
+from jax.sharding import NamedSharding
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .types import ArrayTree, PyTree, Scalar
 
@@ -22,6 +25,44 @@ def dot(x: ArrayTree, y: ArrayTree) -> Scalar:
         return jnp.sum(a.astype(dtype) * b.astype(dtype))
 
     return jax.tree.reduce(operator.add, jax.tree.map(leaf, x, y), jnp.zeros((), jnp.float32))
+
+
+def inner_products(
+    vectors: Sequence[ArrayTree], pairs: Sequence[tuple[int, int]]
+) -> tuple[Float[Array, "leaves pairs"], Float[Array, " vectors"]]:
+    """Inner products of several PyTrees of one structure, in one pass over their numbers.
+
+    One reduction of several arrays at once for each leaf, along its last axis first, for the sake of rounding errors.
+    Of single sums XLA makes three kernels each on the CPU, and stores the products in between.
+
+    **Arguments:**
+
+    - `vectors`: the PyTrees.
+    - `pairs`: of which of them, by number.
+
+    **Returns:** the products, by leaf; and the largest absolute value in each vector. In the widest dtype among their
+    leaves (at least float32).
+    """
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(vectors))
+
+    def add(totals, more):
+        sums, sizes = totals[: len(pairs)], totals[len(pairs) :]
+        products, others = more[: len(pairs)], more[len(pairs) :]
+        return [*map(jnp.add, sums, products), *map(jnp.maximum, sizes, others)]
+
+    def leaf(*arrays):
+        wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in arrays]
+        terms = [*(wide[i] * wide[j] for i, j in pairs), *map(jnp.abs, wide)]
+        zeros = [jnp.zeros((), x.dtype) for x in terms]
+        if terms[0].ndim > 1:
+            terms = jax.lax.reduce(terms, zeros, add, (terms[0].ndim - 1,))
+        terms = jax.lax.reduce(terms, zeros, add, tuple(range(terms[0].ndim)))
+        return [x.astype(dtype) for x in terms]
+
+    leaves = list(zip(*map(jax.tree.leaves, vectors), strict=True))
+    numbers = [number for arrays in leaves for number in leaf(*arrays)]
+    table = jnp.stack(numbers).reshape(len(leaves), -1)
+    return table[:, : len(pairs)], jnp.max(table[:, len(pairs) :], axis=0)
 
 
 def norm(x: ArrayTree) -> Scalar:
@@ -69,14 +110,46 @@ def distinct(tree: PyTree) -> PyTree:
     return jax.tree.map(own, tree)
 
 
+class Summarized(eqx.Module):
+    """Arrays of which fewer numbers tell whether they are finite."""
+
+    @abc.abstractmethod
+    def summary(self) -> list[Float[Array, "..."]]:
+        """Numbers that are finite if and only if all arrays are."""
+
+
 def all_finite(x: PyTree) -> Bool[Array, ""]:
     """Whether there is neither NaN nor infinity in any floating-point array of `x`."""
-    flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(eqx.filter(x, eqx.is_inexact_array))]
+    nodes = jax.tree.leaves(x, is_leaf=_is_summarized)
+    few = [array.reshape(-1) for node in nodes if _is_summarized(node) for array in node.summary()]
+    arrays = [node for node in nodes if eqx.is_inexact_array(node)]
+    if few:
+        dtype = jnp.result_type(*few)
+        arrays.append(jnp.concatenate([array.astype(dtype) for array in few]))
+    flags = [jnp.all(jnp.isfinite(array)) for array in arrays]
     return functools.reduce(operator.and_, flags, jnp.ones((), bool))
 
 
-def zeros_like(x: ArrayTree) -> ArrayTree:
-    return jax.tree.map(jnp.zeros_like, x)
+def _is_summarized(node: Any) -> bool:
+    return isinstance(node, Summarized)
+
+
+def full_like(x: PyTree, value: ArrayLike) -> ArrayTree:
+    """Arrays of one value, like those of a PyTree of arrays or of shapes.
+
+    Made by NumPy where the arrays are known and on one device: of each shape `jnp.full_like` compiles a program.
+    """
+
+    def leaf(x):
+        if isinstance(x, Tracer) or isinstance(getattr(x, "sharding", None), NamedSharding):
+            return jnp.full_like(x, value)
+        return jax.device_put(np.broadcast_to(np.asarray(value, x.dtype), x.shape))
+
+    return jax.tree.map(leaf, x)
+
+
+def zeros_like(x: PyTree) -> ArrayTree:
+    return full_like(x, 0)
 
 
 def is_traced(x: PyTree) -> bool:
@@ -94,9 +167,9 @@ def tie(x: ArrayTree, to: Any) -> ArrayTree:
     def flag_of(leaf):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        return jnp.any(leaf == leaf)  # a reduction: the array may be sharded
+        return jnp.any(jax.lax.broadcast(leaf, (0,)) == 0)  # of no numbers at all, so that nothing is computed
 
-    flags = [flag_of(leaf) for leaf in jax.tree.leaves(eqx.filter(to, eqx.is_array)) if leaf.size > 0]
+    flags = [flag_of(leaf) for leaf in jax.tree.leaves(eqx.filter(to, eqx.is_array))]
     if not flags:
         return x
     flag = functools.reduce(operator.or_, flags)
@@ -126,15 +199,21 @@ def keep_finite(new: dict, old: dict, is_known: Bool[Array, ""]) -> tuple[dict, 
 
 
 def cond(predicate: Any, on_true: Callable[[], Any], on_false: Callable[[], Any]) -> Any:
-    """`jax.lax.cond`, or a plain `if` where the predicate's value is known. What is no array must be the same."""
+    """`jax.lax.cond`, or a plain `if` where the predicate's value is known. What is no array must be the same.
+
+    What both branches return as it was given to them stays out of it: XLA would copy it.
+    """
     if not is_traced(predicate):
         return on_true() if predicate else on_false()
-    rest = []
+    kept, structure = jax.tree.flatten(on_false())  # what is computed for it is not used, and left out by XLA
+    differs: list[bool] = []
 
-    def arrays(branch):
-        dynamic, static = eqx.partition(branch(), eqx.is_array)
-        rest.append(static)
-        return dynamic
+    def changed(branch):
+        leaves = jax.tree.leaves(branch())
+        if not differs:
+            differs.extend(eqx.is_array(x) and x is not y for x, y in zip(leaves, kept, strict=True))
+        return [leaf for leaf, other in zip(leaves, differs, strict=True) if other]
 
-    dynamic = jax.lax.cond(predicate, lambda: arrays(on_true), lambda: arrays(on_false))
-    return eqx.combine(dynamic, rest[0])
+    results = iter(jax.lax.cond(predicate, lambda: changed(on_true), lambda: changed(on_false)))
+    leaves = [next(results) if other else leaf for leaf, other in zip(kept, differs, strict=True)]
+    return jax.tree.unflatten(structure, leaves)

@@ -3,11 +3,12 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import ArrayLike
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
 
 from .._layers import to_matrices
 from .._math.scalars import nonnegative
-from .._math.tree import distinct, dot
+from .._math.tree import distinct
 from .._math.types import Model, Parameters, PyTree, Scalar, Where
 
 
@@ -57,8 +58,10 @@ class L2(eqx.Module):
             lambda chosen, x: self.coefficient.astype(x.dtype) * x if chosen else jnp.zeros_like(x), mask, vector
         )
 
-    def value(self, mask: PyTree, parameters: Parameters) -> Scalar:
-        return dot(parameters, self.multiply(mask, parameters)) / 2
+    def total(self, mask: PyTree, products: Float[Array, "leaves k"]) -> Float[Array, " k"]:
+        """Inner products in the metric of the regularizer's curvature, of those of each leaf of the parameters."""
+        chosen = np.array(jax.tree.leaves(mask))
+        return self.coefficient.astype(products.dtype) * jnp.sum(products[chosen], axis=0)
 
     def damping(self, mask: PyTree, parameters: Parameters) -> Scalar | dict[str, Scalar]:
         """What to add to the damping, or to each layer's: η times the share of its parameters that is regularized."""

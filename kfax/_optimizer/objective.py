@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._capture import Linearization, Problem
-from .._math.tree import all_finite, combine, dot
+from .._math.tree import all_finite, combine, inner_products
 from .._math.types import Counter, Parameters, PRNGKey, PyTree, Scalar
 from .l2 import L2
 from .passes import gradient_of, gram_of, loss_of
-from .quadratic import PlaneModel, QuadraticModel
+from .quadratic import Plane, QuadraticModel
 
 
 class Objective(eqx.Module):
@@ -24,7 +24,10 @@ class Objective(eqx.Module):
     - `problem`: model and batch.
     - `l2`, `mask`: the regularizer, and what it acts on.
     - `micro_batches`: in how many parts the batch is run.
+    - `l2_value`: of the L2 term at the present parameters.
     - `loss`, `gradient`: of the objective at the present parameters.
+    - `squared_norm`: of the gradient.
+    - `is_finite`: whether the gradient is.
     - `model_state`, `aux`: what `loss_fn` returned.
     """
 
@@ -32,8 +35,11 @@ class Objective(eqx.Module):
     l2: L2
     mask: PyTree
     micro_batches: int = eqx.field(static=True)
+    l2_value: Scalar
     loss: Scalar
     gradient: Parameters
+    squared_norm: Scalar
+    is_finite: Bool[Array, ""]
     model_state: Any
     aux: Any
 
@@ -42,28 +48,37 @@ class Objective(eqx.Module):
         """Whether all that the batch gave is finite; of the model state, what was finite before."""
         old, new = (eqx.filter(x, eqx.is_inexact_array) for x in (self.problem.model_state, self.model_state))
         state = jax.tree.map(lambda x, y: jnp.where(jnp.isfinite(x), y, 0), old, new)
-        return all_finite((self.loss, self.gradient, state))
+        return self.is_finite & all_finite((self.loss, state))
 
-    def loss_at(self, parameters: Parameters) -> Scalar:
-        """The objective elsewhere, on the same batch and with the same key."""
+    def loss_at(self, plane: Plane, coefficients: Float[Array, " k"], parameters: Parameters) -> Scalar:
+        """The objective at other parameters, a combination of directions away; on the same batch, with the same key."""
         loss = loss_of(self.problem, self.micro_batches, parameters)
-        return loss + self.l2.value(self.mask, parameters)
+        return loss + self.l2_value + plane.l2_change(coefficients)
 
-    def plane(self, model: QuadraticModel, directions: tuple[Parameters, ...], step: Counter) -> PlaneModel:
-        """The exact quadratic model, without damping, on the span of some directions."""
+    def plane(self, directions: tuple[Parameters, ...]) -> Plane:
+        """All inner products of some directions with each other, the gradient and the parameters."""
+        k = len(directions)
+        vectors = (*directions, self.problem.parameters, self.gradient)
+        pairs = [(i, j) for i in range(k) for j in range(i, k + 2)]
+        products, sizes = inner_products(vectors, pairs)
+        table = dict(zip(pairs, jnp.sum(products, axis=0), strict=True))
+        regularized = dict(zip(pairs, self.l2.total(self.mask, products), strict=True))
+
+        def square(table):
+            return jnp.stack([jnp.stack([table[min(i, j), max(i, j)] for j in range(k)]) for i in range(k)])
+
+        def column(table, j):
+            return jnp.stack([table[i, j] for i in range(k)])
+
+        return Plane(square(table), column(table, k + 1), square(regularized), column(regularized, k), sizes[: k + 1])
+
+    def gram(self, model: QuadraticModel, directions: tuple[Parameters, ...], step: Counter) -> Float[Array, "k k"]:
+        """`vᵢᵀ C vⱼ` for some directions, of the exact curvature of the batch, without L2."""
         problem, number = self.problem, self.micro_batches
         if model.batch is not None:
             problem = problem_with(problem, model.batch(problem.batch, step))
             number = 1
-        gram = gram_of(problem, number, model.source, directions)
-        regularized = tuple(self.l2.multiply(self.mask, v) for v in directions)
-        slopes = jnp.stack([dot(self.gradient, v) for v in directions])
-        return PlaneModel(gram + _table(directions, regularized), _table(directions, directions), slopes)
-
-    def predict(self, multiply: Callable[[Parameters], Parameters], update: Parameters) -> Scalar:
-        """The change that the quadratic model of a curvature, without damping, predicts for an update."""
-        product = combine((1, 1), (multiply(update), self.l2.multiply(self.mask, update)))
-        return dot(self.gradient, update) + dot(update, product) / 2
+        return gram_of(problem, number, model.source, directions)
 
 
 def objective_on(
@@ -80,13 +95,19 @@ def objective_on(
     result, measured = gradient_of(problem, micro_batches, key, linearize, measure, measured)
     _check_model_state(problem.model_state, result.model_state)
     mask = l2.mask(problem.model, parameters)
+    gradient = combine((1, 1), (result.means["gradient"], l2.multiply(mask, parameters)))
+    products, sizes = inner_products((gradient, parameters), [(0, 0), (1, 1)])
+    l2_value = l2.total(mask, products)[1] / 2
     objective = Objective(
         problem=problem,
         l2=l2,
         mask=mask,
         micro_batches=micro_batches,
-        loss=result.means["loss"] + l2.value(mask, parameters),
-        gradient=combine((1, 1), (result.means["gradient"], l2.multiply(mask, parameters))),
+        l2_value=l2_value,
+        loss=result.means["loss"] + l2_value,
+        gradient=gradient,
+        squared_norm=jnp.sum(products[:, 0]),
+        is_finite=jnp.isfinite(sizes[0]),
         model_state=result.model_state,
         aux=result.aux,
     )
@@ -115,7 +136,3 @@ def _check_model_state(old: Any, new: Any) -> None:
 def problem_with(problem: Problem, batch: Any) -> Problem:
     """The same problem with another batch."""
     return Problem(problem.loss_fn, problem.model, batch, problem.key, problem.model_state, problem.frozen)
-
-
-def _table(left: tuple[Parameters, ...], right: tuple[Parameters, ...]) -> Float[Array, "k k"]:
-    return jnp.stack([jnp.stack([dot(v, w) for w in right]) for v in left])

@@ -125,7 +125,7 @@ class _Link(eqx.Module):
                 "`kfax.scale_by_curvature` needs to see model and batch: call "
                 "`optim.update(gradients, state, params, model=model, batch=batch)`."
             )
-        loss_key, source_key = split_key(key)
+        loss_key, source_key = split_key(self.loss_fn, key)
         problem = Problem(self.loss_fn, model, batch, loss_key, model_state, self.frozen)
         parameters, step = problem.parameters, state.step
         gradient = _restrict(updates, parameters)

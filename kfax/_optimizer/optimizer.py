@@ -150,7 +150,7 @@ class Optimizer(eqx.Module):
         """
         parameters, _ = split_parameters(model, self.frozen)
         self.l2.mask(model, parameters)
-        rule, start = self._rules.rule, jnp.zeros((), jnp.int32)
+        rule, start = self._rules.rule, zeros_like(jax.ShapeDtypeStruct((), jnp.int32))
         positive("damping", rule.value(rule.init(), start))
         if not is_traced((model, batch, key, model_state)):
             self.estimator.check(Problem(self.loss_fn, model, batch, key, model_state, self.frozen))
@@ -159,7 +159,7 @@ class Optimizer(eqx.Module):
             damping=jnp.array(rule.init()),  # a copy, so that the state may be donated
             velocity=zeros_like(parameters),
             preconditioner=self.preconditioner.init(model, parameters, self.frozen),
-            was_undone=jnp.zeros((), bool),
+            was_undone=zeros_like(jax.ShapeDtypeStruct((), bool)),
         )
 
     @on_automatic_axes
@@ -300,7 +300,7 @@ class Optimizer(eqx.Module):
     ) -> tuple[Problem, PRNGKey | None]:
         """What is to be run, and a key for the curvature."""
         parameters_for(state, model, self.frozen)
-        loss_key, source_key = split_key(key)
+        loss_key, source_key = split_key(self.loss_fn, key)
         return Problem(self.loss_fn, model, batch, loss_key, model_state, self.frozen), source_key
 
     def _observe(

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool
 from .._blocks import Spectrum, unbounded
 from .._estimators import BlockDiagonalCurvature, CurvatureEstimator, Eigendecomposition, ImplicitExactCurvature
 from .._math.scalars import nonnegative
-from .._math.tree import anywhere, cond, keep_finite, mean, select
+from .._math.tree import anywhere, cond, keep_finite, mean, select, zeros_like
 from .._math.types import Counter, Model, Parameters, Scalar, Schedule, Where
 from .damping import as_damping_rule, check_blind, DampingMultiple, DampingRule, RelativeDamping
 
@@ -125,7 +125,7 @@ class Preconditioner(eqx.Module):
         if self.exponent != -1:
             shapes = eqx.filter_eval_shape(self.estimator.decompose, curvature, parameters)
             eigendecomposition = _immovable(shapes)
-        return PreconditionerState(curvature, eigendecomposition, jnp.zeros((), bool))
+        return PreconditionerState(curvature, eigendecomposition, zeros_like(jax.ShapeDtypeStruct((), bool)))
 
     def dampings(
         self,
@@ -243,8 +243,7 @@ class Preconditioner(eqx.Module):
 
 def _immovable(shapes: Eigendecomposition) -> Eigendecomposition:
     """So that nothing moves before the first refresh."""
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.tree.map(unbounded, zeros, is_leaf=lambda x: isinstance(x, Spectrum))
+    return jax.tree.map(unbounded, zeros_like(shapes), is_leaf=lambda x: isinstance(x, Spectrum))
 
 
 def is_due(step: Counter, period: int) -> Bool[Array, ""] | bool:

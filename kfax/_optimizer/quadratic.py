@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .._estimators import check_deterministic, CurvatureSource, ExactGGN
 from .._math.linalg import eigh, matmul
@@ -47,23 +47,44 @@ class QuadraticModel(eqx.Module):
         self.batch = batch
 
 
-class PlaneModel(eqx.Module):
-    r"""The quadratic model restricted to the combinations of k directions.
+class Plane(eqx.Module):
+    r"""The combinations of k directions around the present parameters θ: all that depends on inner products only.
 
     **Fields:**
 
-    - `gram`: `vᵢᵀ (C + ηI) vⱼ`, the curvature without damping. [loss]
     - `inner`: `vᵢᵀ vⱼ`. [param²]
     - `slopes`: `∇hᵀ vᵢ`. [loss]
+    - `l2`: `vᵢᵀ L vⱼ`, where L is the curvature of the L2 term. [loss]
+    - `l2_slopes`: `θᵀ L vᵢ`. [loss]
+    - `sizes`: the largest absolute value in each direction, and in θ. [param]
     """
 
-    gram: Float[Array, "k k"]
     inner: Float[Array, "k k"]
     slopes: Float[Array, " k"]
+    l2: Float[Array, "k k"]
+    l2_slopes: Float[Array, " k"]
+    sizes: Float[Array, " k+1"]
 
-    def minimize(self, damping: Scalar, learning_rate: Scalar | None, momentum: Scalar | None) -> tuple[Scalar, Scalar]:
-        """The coefficients of the first two directions that minimize the damped model; those given are kept."""
-        q, b = self.gram + damping * self.inner, self.slopes
+    def squared_norm(self, coefficients: Float[Array, " k"]) -> Scalar:
+        """Of a combination."""
+        return jnp.maximum(_form(self.inner, coefficients), 0)
+
+    def l2_change(self, coefficients: Float[Array, " k"]) -> Scalar:
+        """By how much a combination changes the L2 term."""
+        return matmul(coefficients, self.l2_slopes) + _form(self.l2, coefficients) / 2
+
+    def is_finite(self, coefficients: Float[Array, " k"]) -> Bool[Array, ""]:
+        """Whether a combination, and the parameters after it, are finite."""
+        return jnp.isfinite(jnp.sum(jnp.abs(coefficients) * self.sizes[:-1]) + self.sizes[-1])
+
+    def minimize(
+        self, gram: Float[Array, "k k"], damping: Scalar, learning_rate: Scalar | None, momentum: Scalar | None
+    ) -> tuple[Scalar, Scalar]:
+        """The coefficients of the first two directions that minimize a quadratic model; those given are kept.
+
+        `gram` is `vᵢᵀ C vⱼ`, the curvature without damping and L2. [loss]
+        """
+        q, b = gram + self.l2 + damping * self.inner, self.slopes
         if learning_rate is None and momentum is None:
             alpha, beta = -_solve_psd(q, b)
             return alpha, beta
@@ -73,9 +94,16 @@ class PlaneModel(eqx.Module):
         assert momentum is None
         return learning_rate, -_divide(b[1] + q[0, 1] * learning_rate, q[1, 1])
 
-    def change(self, coefficients: Float[Array, " k"]) -> Scalar:
-        """What the model, without damping, predicts for the change of the objective."""
-        return matmul(coefficients, self.slopes) + matmul(coefficients, self.gram, coefficients) / 2
+    def change(self, curvature: Scalar, coefficients: Float[Array, " k"]) -> Scalar:
+        """What a quadratic model, without damping, predicts for the change of the objective.
+
+        `curvature` is `δᵀ C δ` for the combination δ. [loss]
+        """
+        return matmul(coefficients, self.slopes) + (curvature + _form(self.l2, coefficients)) / 2
+
+
+def _form(matrix: Float[Array, "k k"], coefficients: Float[Array, " k"]) -> Scalar:
+    return matmul(coefficients, matrix, coefficients)
 
 
 def _divide(numerator: Scalar, denominator: Scalar) -> Scalar:

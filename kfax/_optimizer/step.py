@@ -7,14 +7,15 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from .._math.linalg import matmul
 from .._math.scalars import are_valid, nonnegative, positive, scheduled, within_closed_unit
-from .._math.tree import all_finite, combine, cond, dot, norm, select, zeros_like
+from .._math.tree import combine, cond, inner_products, select, zeros_like
 from .._math.types import Counter, Parameters, Scalar, Schedule
 from .damping import DampingRule, LevenbergMarquardt, RelativeDamping, rule_of
 from .l2 import L2
 from .objective import Objective
 from .preconditioner import Preconditioner, PreconditionerState
-from .quadratic import QuadraticModel
+from .quadratic import Plane, QuadraticModel
 from .rescale import limit, NormConstraint, Rejection
 from .state import layer_norms, OptimizerState, StepInfo, StepResult
 
@@ -58,6 +59,8 @@ class ProposedStep(eqx.Module):
     - `parameters`: after the step.
     - `update`: of the parameters.
     - `descent`: the preconditioned gradient, downwards.
+    - `descent_norm`, `norm`: of the preconditioned gradient, and of the update.
+    - `is_finite`: whether update and parameters are.
     - `coefficients`: learning rate and momentum.
     - `preconditioner`: its state, refreshed if that was due.
     - `failed`: whether an inverse failed, or there is none yet.
@@ -72,6 +75,9 @@ class ProposedStep(eqx.Module):
     parameters: Parameters
     update: Parameters
     descent: Parameters
+    descent_norm: Scalar
+    norm: Scalar
+    is_finite: Bool[Array, ""]
     coefficients: tuple[Scalar, Scalar]
     preconditioner: PreconditionerState
     failed: Bool[Array, ""]
@@ -141,15 +147,19 @@ class StepRules(eqx.Module):
         preconditioner, failed = self.preconditioner.maybe_refresh(state.preconditioner, parameters, damped, state.step)
         descent = combine((-1,), (self.preconditioner.apply(preconditioner, objective.gradient, damped),))
         directions = (descent, state.velocity)
-        coefficients, predicted = self._coefficients(objective, settings, damping, directions, state.step)
+        plane = objective.plane(directions)
+        coefficients, predicted = self._coefficients(objective, settings, damping, directions, plane, state.step)
         update = combine(coefficients, directions)
         new = combine((1, 1), (parameters, update))
-        dtype = objective.loss.dtype
+        dtype, both = objective.loss.dtype, jnp.stack(coefficients)
         unknown = jnp.full((), jnp.nan, dtype)
 
         def measure():
-            change = self._predict(objective, preconditioner, update, state.step) if predicted is None else predicted
-            return change.astype(dtype), objective.loss_at(new).astype(dtype)
+            change = predicted
+            if change is None:
+                curvature = self._curvature(objective, preconditioner, update, state.step)
+                change = plane.change(curvature, both)
+            return change.astype(dtype), objective.loss_at(plane, both, new).astype(dtype)
 
         def do_not_measure():
             return unknown if predicted is None else predicted.astype(dtype), unknown
@@ -157,14 +167,18 @@ class StepRules(eqx.Module):
         wanted = is_measured or self.rule.wants_ratio(state.step)
         change, after = do_not_measure() if wanted is False else cond(wanted, measure, do_not_measure)
         if isinstance(self.rule, LevenbergMarquardt) and self.rule.includes_damping:
-            change += (damping * dot(update, update) / 2).astype(dtype)
+            change += (damping * plane.squared_norm(both) / 2).astype(dtype)
         return ProposedStep(
             parameters=new,
             update=update,
             descent=descent,
+            descent_norm=jnp.sqrt(plane.inner[0, 0]),
+            norm=jnp.sqrt(plane.squared_norm(both)),
+            is_finite=plane.is_finite(both),
             coefficients=coefficients,
             preconditioner=preconditioner,
-            failed=failed | _is_stuck(objective.gradient, descent),
+            # Or there is no inverse yet.
+            failed=failed | ((plane.inner[0, 0] == 0) & (objective.squared_norm > 0)),
             settings=settings,
             damping=damping,
             is_measured=jnp.asarray(wanted),
@@ -194,27 +208,30 @@ class StepRules(eqx.Module):
     ) -> tuple[Parameters, OptimizerState, StepInfo]:
         """Takes the proposed step if it is good; parameters, state and report after it."""
         are_valid = proposed.settings.are_valid
-        is_good, is_finite = objective.is_good & are_valid, all_finite(proposed.parameters)
+        is_good, is_finite = objective.is_good & are_valid, proposed.is_finite
         accept = jnp.isfinite if self.rejection is None else self.rejection.accepts(objective.loss)
         is_bad_step = proposed.is_measured & ~accept(proposed.after)
         accepted = is_good & is_finite & ~is_bad_step
         undone = is_good & ~accepted
         # A velocity that led nowhere, and not for the first time, is what may have to go.
         again = ~is_finite | state.was_undone | (self.rejection is None)
-        stay = select(undone & again, zeros_like(state.velocity), state.velocity)
+
+        def stay():
+            return objective.problem.parameters, _if(~(undone & again), state.velocity)
+
+        parameters, velocity = cond(accepted, lambda: (proposed.parameters, proposed.update), stay)
         stale = proposed.preconditioner.is_stale | undone
         adjusted = self.adjusted(state.damping, proposed, self.rule.wants_ratio(state.step), undone)
         new_state = OptimizerState(
             step=state.step + 1,
             damping=jnp.where(is_good, adjusted, state.damping),
-            velocity=select(accepted, proposed.update, stay),
+            velocity=velocity,
             preconditioner=eqx.tree_at(lambda p: p.is_stale, proposed.preconditioner, stale),
             was_undone=jnp.where(is_good, undone, state.was_undone),
         )
-        applied = select(accepted, proposed.update, zeros_like(proposed.update))
-        vectors = (objective.problem.parameters, objective.gradient, proposed.descent, applied)
+        vectors = (objective.problem.parameters, objective.gradient, proposed.descent)
         return (
-            select(accepted, proposed.parameters, objective.problem.parameters),
+            parameters,
             new_state,
             StepInfo(
                 step=state.step,
@@ -228,16 +245,16 @@ class StepRules(eqx.Module):
                 ),
                 loss=objective.loss,
                 loss_after=proposed.after,
-                gradient_norm=norm(objective.gradient),
-                descent_norm=norm(proposed.descent),
-                proposed_norm=norm(proposed.update),
-                update_norm=norm(applied),
+                gradient_norm=jnp.sqrt(objective.squared_norm),
+                descent_norm=proposed.descent_norm,
+                proposed_norm=proposed.norm,
+                update_norm=jnp.where(accepted, proposed.norm, 0),
                 learning_rate=proposed.coefficients[0],
                 momentum=proposed.coefficients[1],
                 damping=proposed.damping,
                 predicted_change=proposed.change,
                 reduction_ratio=proposed.ratio,
-                layers=layer_norms(*vectors) if report_layers else None,
+                layers=layer_norms(*vectors, _if(accepted, proposed.update)) if report_layers else None,
                 model_state=_keep(accepted, objective.model_state, objective.problem.model_state),
                 aux=objective.aux,
             ),
@@ -249,30 +266,32 @@ class StepRules(eqx.Module):
         settings: Settings,
         damping: Scalar,
         directions: tuple[Parameters, Parameters],
+        plane: Plane,
         step: Counter,
     ) -> tuple[tuple[Scalar, Scalar], Scalar | None]:
         """Learning rate and momentum, and the change that the exact quadratic model predicts if it was asked."""
         learning_rate, momentum = settings.learning_rate, settings.momentum
         if learning_rate is not None and settings.bound is not None:
-            learning_rate = limit(learning_rate, -dot(objective.gradient, directions[0]), settings.bound)
+            learning_rate = limit(learning_rate, -plane.slopes[0], settings.bound)
         if learning_rate is not None and momentum is not None:
             return (learning_rate, momentum), None
-        plane = objective.plane(self._model, directions, step)
-        coefficients = plane.minimize(damping, learning_rate, momentum)
-        return coefficients, plane.change(jnp.stack(coefficients))
+        gram = objective.gram(self._model, directions, step)
+        coefficients = plane.minimize(gram, damping, learning_rate, momentum)
+        both = jnp.stack(coefficients)
+        return coefficients, plane.change(matmul(both, gram, both), both)
 
     @property
     def _model(self) -> QuadraticModel:
         return next(each for each in (self.learning_rate, self.momentum) if isinstance(each, QuadraticModel))
 
-    def _predict(
+    def _curvature(
         self, objective: Objective, preconditioner: PreconditionerState, update: Parameters, step: Counter
     ) -> Scalar:
-        """The change that a quadratic model predicts where no coefficient was chosen by one."""
+        """`δᵀ C δ` for an update, of the C of the quadratic model where no coefficient was chosen by one."""
         if isinstance(self.rule, LevenbergMarquardt) and self.rule.exact_model is not None:
-            return objective.plane(QuadraticModel(self.rule.exact_model), (update,), step).change(jnp.ones(1))
-        estimator = self.preconditioner.estimator
-        return objective.predict(lambda v: estimator.multiply(preconditioner.curvature, v), update)
+            return objective.gram(QuadraticModel(self.rule.exact_model), (update,), step)[0, 0]
+        product = self.preconditioner.estimator.multiply(preconditioner.curvature, update)
+        return jnp.sum(inner_products((update, product), [(0, 1)])[0])
 
 
 def _choose(
@@ -292,9 +311,9 @@ def _choose(
     return scheduled(name, coefficient, step, check) if callable(coefficient) else coefficient
 
 
-def _is_stuck(gradient: Parameters, descent: Parameters) -> Bool[Array, ""]:
-    """Whether there is no inverse yet."""
-    return (dot(descent, descent) == 0) & (dot(gradient, gradient) > 0)
+def _if(taken: Bool[Array, ""], vector: Parameters) -> Parameters:
+    """The vector, or zeros."""
+    return select(taken, vector, zeros_like(vector))
 
 
 def _first(*cases: tuple[Bool[Array, ""], StepResult]) -> StepResult:

@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import assert_close
 from reference import kronecker
@@ -28,7 +29,7 @@ def test_psd_inverse_of_an_indefinite_matrix_is_nan():
     assert jnp.all(jnp.isnan(linalg.psd_inverse(jnp.diag(jnp.array([1.0, -1.0])))))
 
 
-def test_by_size_calls_once_for_each_size_and_keeps_order(key):
+def test_by_size_calls_once_for_each_size_but_on_the_cpu_and_keeps_order(key):
     shapes = [(3, 3), (2, 4, 4), (3, 3), (4, 4), (1, 2, 3, 3)]
     matrices = [psd(jax.random.fold_in(key, i), s[-1], s[:-2]) for i, s in enumerate(shapes)]
     calls = []
@@ -37,8 +38,8 @@ def test_by_size_calls_once_for_each_size_and_keeps_order(key):
         calls.append(stack.shape)
         return linalg.psd_inverse(stack)
 
-    results = linalg.by_size(function, matrices)
-    assert sorted(calls) == [(3, 4, 4), (4, 3, 3)]
+    results = jax.jit(lambda matrices: linalg.by_size(function, matrices))(matrices)
+    assert sorted(calls) == sorted([*shapes, (3, 4, 4), (4, 3, 3)])  # traced for both, lowered for one of them
     assert_close(results, [linalg.psd_inverse(m) for m in matrices])
 
 
@@ -145,6 +146,29 @@ def test_tree_operations():
     assert_close(tree.norm(x), jnp.sqrt(14.0))
     combined = tree.combine((2, jnp.asarray(-1.0)), (x, y))
     assert_close(combined, {"a": jnp.array([3.0, 3.5]), "b": jnp.array(4.0, jnp.float32), "c": None})
+
+
+def test_inner_products_are_those_of_single_leaves():
+    shapes = {"matrix": (3, 4), "vector": (5,), "number": (), "images": (2, 3, 4)}
+    rng, pairs = np.random.default_rng(0), [(0, 0), (0, 2), (1, 2)]
+    draws = [{k: jnp.asarray(rng.normal(size=shape)) for k, shape in shapes.items()} for _ in range(3)]
+    products, sizes = tree.inner_products(draws, pairs)
+    expected = [[jnp.sum(draws[i][k] * draws[j][k]) for i, j in pairs] for k in sorted(shapes)]
+    assert_close(products, jnp.array(expected))
+    assert_close(sizes, jnp.stack([max(jnp.abs(x).max() for x in jax.tree.leaves(draw)) for draw in draws]))
+    draws[1]["vector"] = draws[1]["vector"].at[2].set(jnp.nan)
+    assert jnp.isnan(tree.inner_products(draws, [(0, 0)])[1]).tolist() == [False, True, False]
+
+
+def test_cond_leaves_out_what_both_branches_hand_on():
+    kept, changed = jnp.ones(3), jnp.ones(2)
+
+    def choose(flag, kept, changed):
+        return tree.cond(flag, lambda: {"k": kept, "c": 2 * changed}, lambda: {"k": kept, "c": changed})
+
+    [equation] = [e for e in jax.make_jaxpr(choose)(True, kept, changed).eqns if e.primitive.name == "cond"]
+    assert [v.aval.shape for v in equation.outvars] == [(2,)]
+    assert_close(jax.jit(choose)(False, kept, changed), {"k": kept, "c": changed})
 
 
 def test_tie_maps_over_what_the_others_are_mapped_over(key):

@@ -1,0 +1,122 @@
+"""Seconds from nothing to the first step, of a step, and peak memory: kfax, kfac-jax, AdamW, and what arithmetic takes.
+
+    python benchmarks/speed.py --kfac-jax path/to/python        # an environment with jax==0.9.0 and kfac-jax==0.0.8
+    python benchmarks/speed.py autoencoder --methods kfax adamw
+
+Every method runs in a process of its own, for each repetition a new one; they live side by side and take turns, some
+steps each, while the others wait. A step is timed until its parameters are there. With everything adaptive: learning
+rate, momentum and damping from the quadratic model; the inverse and the damping every 5 steps. `start` is `init` with
+the first six steps less the median of later ones, that is with the compilation of all programs. `limit` is the matrix
+products and factorizations of such a step by themselves, for the workloads of dense layers. Results are in
+`benchmarks/results/speed.json`; the table is of medians over repetitions.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+
+# LAPACK's own threads wait for XLA's: for all methods alike.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import jax  # noqa: E402
+from speed_methods import Dense, METHODS, PERIOD, WORKLOADS  # noqa: E402
+
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+TURN, TURNS = 10, 3
+
+
+def serve(method, workload):
+    """A child: for each line of standard input, a number of steps, prints their seconds; at the end its memory."""
+    runner, count = METHODS[method](WORKLOADS[workload]), 0
+    jax.block_until_ready(jax.tree.leaves([v for v in vars(runner).values() if not callable(v)]))
+
+    def timed(function, *args):
+        start = time.perf_counter()
+        jax.block_until_ready([x for x in jax.tree.leaves(function(*args)) if isinstance(x, jax.Array)])
+        return time.perf_counter() - start
+
+    for line in sys.stdin:
+        if line.strip() == "init":
+            print(json.dumps([timed(runner.init)]), flush=True)
+            continue
+        seconds = []
+        for _ in range(int(line)):
+            seconds.append(timed(runner.step, count))
+            count += 1
+        print(json.dumps(seconds), flush=True)
+    device = jax.devices()[0]
+    memory = device.memory_stats() if device.platform != "cpu" else None
+    peak = memory["peak_bytes_in_use"] if memory else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps(peak), flush=True)
+
+
+class Child:
+    """A process that serves one method."""
+
+    def __init__(self, python, method, workload):
+        command = [python, __file__, "--serve", method, workload]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, line):
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def end(self):
+        self.process.stdin.close()
+        return json.loads(self.process.stdout.readline())
+
+
+def measure(workload, pythons):
+    """One repetition: the seconds of each method, by name."""
+    children = {name: Child(python, name, workload) for name, python in pythons.items()}
+    init = {name: child.ask("init")[0] for name, child in children.items()}
+    first = {name: child.ask(2 * PERIOD) for name, child in children.items()}
+    steps = {name: [] for name in children}
+    for _ in range(TURNS):
+        for name, child in children.items():
+            steps[name] += child.ask(TURN)
+    rows = {}
+    for name, child in children.items():
+        typical = statistics.median(steps[name])
+        start = init[name] + sum(max(each - typical, 0) for each in first[name][: PERIOD + 1])
+        rows[name] = {"init": init[name], "start": start, "median": typical, "mean": statistics.mean(steps[name]),
+                      "peak": child.end()}  # fmt: skip
+    return rows
+
+
+def main(options):
+    path = RESULTS / "speed.json"
+    RESULTS.mkdir(exist_ok=True)
+    found = json.loads(path.read_text()) if path.exists() else {}
+    print("| workload | method | init s | start s | step ms: median | mean | peak MB |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for workload in options.workloads or WORKLOADS:
+        pythons = {name: options.kfac_jax if name == "kfac-jax" else sys.executable for name in options.methods}
+        pythons = {n: p for n, p in pythons.items() if p and (n != "limit" or isinstance(WORKLOADS[workload], Dense))}
+        runs = [measure(workload, pythons) for _ in range(options.repetitions)]
+        medians = {n: {k: statistics.median(run[n][k] for run in runs) for k in runs[0][n]} for n in pythons}
+        found[workload] = found.get(workload, {}) | medians
+        for name, row in medians.items():
+            cells = f"{row['init']:.1f} | {row['start']:.1f} | {1e3 * row['median']:.0f} | {1e3 * row['mean']:.0f}"
+            print(f"| {workload} | {name} | {cells} | {row['peak'] / 1e6:.0f} |", flush=True)
+    path.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workloads", nargs="*", choices=[*WORKLOADS, []], default=[])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--kfac-jax", metavar="PYTHON")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    serve(*arguments.serve) if arguments.serve else main(arguments)

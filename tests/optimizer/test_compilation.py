@@ -1,6 +1,7 @@
 """What there is to compile: programs of `init`, kernels of a step."""
 
 import re
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,7 +15,7 @@ def network(depth):
     """Layers of different widths, none of which can share a kernel."""
     sizes = [8, *range(20, 20 + 2 * depth, 2)]
     keys = jax.random.split(jax.random.key(0), depth)
-    layers = [eqx.nn.Linear(*pair, key=k) for *pair, k in zip(sizes[:-1], sizes[1:], keys, strict=True)]
+    layers = [eqx.nn.Linear(i, o, key=k) for i, o, k in zip(sizes[:-1], sizes[1:], keys, strict=True)]
     return kfax.tag(eqx.nn.Sequential([each for layer in layers for each in (layer, eqx.nn.Lambda(jnp.tanh))]))
 
 
@@ -31,8 +32,8 @@ def adaptive():
 def test_init_compiles_the_check_and_next_to_nothing():
     model, x, optimizer, programs = network(5), jnp.ones((7, 8)), adaptive(), []
 
-    def listen(event, seconds, **details):
-        del seconds
+    def listen(event: str, duration_secs: float, **details: Any):
+        del duration_secs
         if event.endswith("backend_compile_duration"):
             programs.append(details)
 
@@ -55,6 +56,7 @@ def test_kernels_of_a_step_grow_with_the_number_of_layers_and_no_faster():
             return eqx.filter(optimizer.step(model, state, x, key=key), eqx.is_array)
 
         text = jax.jit(step).lower(arrays).compile().as_text()
+        assert text is not None
         return len(re.findall(r" fusion\(", text)), len(text)
 
     (few, short), (more, long), (most, longest) = kernels(2), kernels(4), kernels(6)

@@ -3,18 +3,18 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Shaped
 
 from .._layers import Part, parts, to_matrices
 from .._math.mesh import on_automatic_axes
-from .._math.tree import zeros_like
+from .._math.tree import inner_products, zeros_like
 from .._math.types import Model, PRNGKey, Where
 from .linearize import Linearization, linearize, Problem, Reading
 
@@ -74,23 +74,8 @@ def check_observed(problem: Problem, example_axis: str | None) -> None:
         _report_examples(problem, example_axis, whole)
 
 
-def _run(problem: Problem, example_axis: str | None, weigh: Callable[[int], np.ndarray]) -> Any:
-    try:
-        with jax.default_matmul_precision("highest"):  # or accelerators would round the rebuilt gradients to 10 bits
-            return jax.block_until_ready(eqx.filter_jit(_compare)(problem, example_axis, weigh))
-    except eqx.EquinoxRuntimeError as error:
-        # A wrong example axis shows only when the computation runs (see `_slot`). The message alone is what matters.
-        message = str(error).rpartition("EquinoxRuntimeError: ")[2].partition("\n\n---")[0]
-        raise ValueError(message) from None
-
-
-@on_automatic_axes
-def check_values(problem: Problem) -> None:
-    """Whether loss and gradient are finite."""
-    _report_finite(problem, *eqx.filter_jit(lambda problem: _values(linearize(problem)))(problem), {})
-
-
-class _Gap(eqx.Module):
+@dataclasses.dataclass(frozen=True)
+class _Gap:
     """What differs between the two gradients of a layer.
 
     **Fields:**
@@ -100,16 +85,39 @@ class _Gap(eqx.Module):
     - `in_parts`: whether the layer saw the examples in parts, so that they could not be weighted.
     """
 
-    relative: Float[Array, ""]
-    is_rounding: Bool[Array, ""]
-    in_parts: Bool[Array, ""]
+    relative: float
+    is_rounding: bool
+    in_parts: bool
+
+
+def _run(
+    problem: Problem, example_axis: str | None, weigh: Callable[[int], np.ndarray]
+) -> tuple[Array, dict[str, bool], dict[str, _Gap], Array]:
+    """The loss, whether each layer's gradient is finite, how its two gradients differ, and the bare loss."""
+    try:
+        with jax.default_matmul_precision("highest"):  # or accelerators would round the rebuilt gradients to 10 bits
+            value, finite, gaps, bare = jax.block_until_ready(eqx.filter_jit(_compare)(problem, example_axis, weigh))
+    except eqx.EquinoxRuntimeError as error:
+        # A wrong example axis shows only when the computation runs (see `_slot`). The message alone is what matters.
+        message = str(error).rpartition("EquinoxRuntimeError: ")[2].partition("\n\n---")[0]
+        raise ValueError(message) from None
+    paths = list(parts(problem.parameters))
+    numbers = zip(*(np.asarray(field).tolist() for field in gaps), strict=True)
+    is_finite = dict(zip(paths, np.asarray(finite).tolist(), strict=True))
+    return value, is_finite, {path: _Gap(*each) for path, each in zip(paths, numbers, strict=True)}, bare
+
+
+@on_automatic_axes
+def check_values(problem: Problem) -> None:
+    """Whether loss and gradient are finite."""
+    _report_finite(problem, *eqx.filter_jit(lambda problem: _values(linearize(problem)))(problem), {})
 
 
 def _of_same_order(plain: _Gap, weighted: _Gap) -> bool:
-    return bool(4 * plain.relative > weighted.relative)
+    return 4 * plain.relative > weighted.relative
 
 
-def _report_finite(problem: Problem, value: Array, is_finite: dict[str, Array], gaps: dict[str, _Gap]) -> None:
+def _report_finite(problem: Problem, value: Array, is_finite: Mapping[str, Any], gaps: dict[str, _Gap]) -> None:
     if not np.isfinite(value):
         raise ValueError(_not_finite_message(float(value), problem.batch, problem.model))
     finite = {path: is_finite[path] and (path not in gaps or np.isfinite(gaps[path].relative)) for path in is_finite}
@@ -213,10 +221,11 @@ def _values(linearization: Linearization) -> tuple[Array, dict[str, Bool[Array, 
 
 def _compare(
     problem: Problem, example_axis: str | None, weigh: Callable[[int], np.ndarray]
-) -> tuple[Array, dict[str, Bool[Array, ""]], dict[str, _Gap], Array]:
-    """`_values`; how each layer's two gradients differ if examples have the weights that `weigh` makes; the bare loss.
+) -> tuple[Array, Bool[Array, " layers"], list[Shaped[Array, " layers"]], Array]:
+    """The loss; whether each layer's gradient is finite; what differs between two of them; the bare loss.
 
-    The last is the loss of a model whose slots are empty, where some are leaves of it.
+    The two gradients are of random outputs, with the weights of examples that `weigh` makes. The bare loss is that of a
+    model whose slots are empty, where some are leaves of it.
     """
     linearization = linearize(problem, functools.partial(_read_gradient, weigh), example_axis=example_axis)
     losses = linearization.losses
@@ -226,21 +235,21 @@ def _compare(
     weights = weigh(linearization.evaluation.num_examples)
     weighted = tuple(_by_example(weights, u) for u in cotangents)
 
+    paths = list(parts(problem.parameters))
+
     def pull(before, cotangents):
         gradient, observed = linearization.pullback(cotangents)
         gradient = to_matrices(gradient)
-        gaps = {path: _gap(before[path], *observed[path]) for path in observed}
-        return gradient, ({path: jnp.all(jnp.isfinite(g)) for path, g in gradient.items()}, gaps)
+        return gradient, _gaps([before[path] for path in paths], [observed[path] for path in paths])
 
-    # One backward pass is compiled, and run with three cotangents; gaps are between the last one and that before it.
+    # One backward pass is compiled, and run with three cotangents. Gaps are between one and that before it.
     passes = (linearization.of_value(), linearization.at_outputs(weighted), linearization.at_outputs(cotangents))
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *passes)
-    start = to_matrices(zeros_like(problem.parameters))
-    _, (finite, gaps) = jax.lax.scan(pull, start, stacked)
-    is_finite, gaps = jax.tree.map(lambda x: x[0], finite), jax.tree.map(lambda x: x[-1], gaps)
+    _, (finite, gaps) = jax.lax.scan(pull, to_matrices(zeros_like(problem.parameters)), stacked)
     value = linearization.evaluation.value()
     is_stacked = any(part.operation.shape().stack for part in parts(problem.parameters).values())
-    return value, is_finite, gaps, problem.evaluate(problem.parameters).value() if is_stacked else value
+    bare = problem.evaluate(problem.parameters).value() if is_stacked else value
+    return value, finite[1], [field[2] for field in gaps], bare
 
 
 def _by_example(weights: np.ndarray, array: Array) -> Array:
@@ -280,20 +289,29 @@ def _is_float(leaf: Array) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def _gap(true: Array, observed: Array, magnitude: Array, resolution: Array, in_parts: Array) -> _Gap:
-    """The relative distance of two gradients, and whether rounding explains it.
+def _gaps(true: list[Array], observed: list[Any]) -> tuple[Bool[Array, " layers"], list[Shaped[Array, " layers"]]]:
+    """For each layer whether the first gradient is finite; and of two of them the fields of `_Gap`.
 
     A sum of products of rounded numbers is off by about `resolution` (of which there is one for each use, added up)
     times the sum of their magnitudes; that alone matters where the gradient vanishes. What lies between the two is
     rounded too, and by more than that: hence the generous share of the gradient itself.
     """
-    resolution = jnp.max(resolution)
-    largest = jnp.maximum(jnp.linalg.norm(true), jnp.linalg.norm(observed))
-    distance = jnp.linalg.norm(true - observed)
-    total = jnp.linalg.norm(magnitude)  # of functions that are not defined for absolute values, nothing
+    rebuilt, magnitudes, resolutions, in_parts = map(list, zip(*observed, strict=True))
+    true = [x.astype(y.dtype) for x, y in zip(true, rebuilt, strict=True)]
+    differences = [x - y for x, y in zip(true, rebuilt, strict=True)]
+    vectors = (true, rebuilt, differences, magnitudes)
+    squares, sizes = inner_products(vectors, [(i, i) for i in range(4)])
+    ours, theirs, distance, total = jnp.sqrt(squares).T
+    largest = jnp.maximum(ours, theirs)
+    resolution = jnp.stack([jnp.max(each).astype(squares.dtype) for each in resolutions])
+    # Of functions that are not defined for absolute values, nothing.
     allowed = resolution**0.375 * largest + 8 * resolution * jnp.where(jnp.isfinite(total), total, 0)
     relative = distance / jnp.where(largest > 0, largest, 1)
-    return _Gap(relative, distance <= allowed, jnp.any(in_parts > 0))
+    return jnp.isfinite(sizes[:, 0]), [
+        relative,
+        distance <= allowed,
+        jnp.stack([jnp.any(each > 0) for each in in_parts]),
+    ]
 
 
 def _not_finite_message(value: float, batch: Any, model: Model) -> str:

@@ -29,7 +29,7 @@ def dot(x: ArrayTree, y: ArrayTree) -> Scalar:
 
 def inner_products(
     vectors: Sequence[ArrayTree], pairs: Sequence[tuple[int, int]]
-) -> tuple[Float[Array, "leaves pairs"], Float[Array, " vectors"]]:
+) -> tuple[Float[Array, "leaves pairs"], Float[Array, "leaves vectors"]]:
     """Inner products of several PyTrees of one structure, in one pass over their numbers.
 
     One reduction of several arrays at once for each leaf, along its last axis first, for the sake of rounding errors.
@@ -40,8 +40,8 @@ def inner_products(
     - `vectors`: the PyTrees.
     - `pairs`: of which of them, by number.
 
-    **Returns:** the products, by leaf; and the largest absolute value in each vector. In the widest dtype among their
-    leaves (at least float32).
+    **Returns:** the products, by leaf; and the largest absolute value in each leaf of each vector. In the widest dtype
+    among their leaves (at least float32).
     """
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(vectors))
 
@@ -62,7 +62,7 @@ def inner_products(
     leaves = list(zip(*map(jax.tree.leaves, vectors), strict=True))
     numbers = [number for arrays in leaves for number in leaf(*arrays)]
     table = jnp.stack(numbers).reshape(len(leaves), -1)
-    return table[:, : len(pairs)], jnp.max(table[:, len(pairs) :], axis=0)
+    return table[:, : len(pairs)], table[:, len(pairs) :]
 
 
 def norm(x: ArrayTree) -> Scalar:

@@ -70,7 +70,8 @@ class Objective(eqx.Module):
         def column(table, j):
             return jnp.stack([table[i, j] for i in range(k)])
 
-        return Plane(square(table), column(table, k + 1), square(regularized), column(regularized, k), sizes[: k + 1])
+        largest = jnp.max(sizes[:, : k + 1], axis=0)
+        return Plane(square(table), column(table, k + 1), square(regularized), column(regularized, k), largest)
 
     def gram(self, model: QuadraticModel, directions: tuple[Parameters, ...], step: Counter) -> Float[Array, "k k"]:
         """`vᵢᵀ C vⱼ` for some directions, of the exact curvature of the batch, without L2."""
@@ -107,7 +108,7 @@ def objective_on(
         loss=result.means["loss"] + l2_value,
         gradient=gradient,
         squared_norm=jnp.sum(products[:, 0]),
-        is_finite=jnp.isfinite(sizes[0]),
+        is_finite=jnp.isfinite(jnp.max(sizes[:, 0])),
         model_state=result.model_state,
         aux=result.aux,
     )

@@ -155,9 +155,9 @@ def test_inner_products_are_those_of_single_leaves():
     products, sizes = tree.inner_products(draws, pairs)
     expected = [[jnp.sum(draws[i][k] * draws[j][k]) for i, j in pairs] for k in sorted(shapes)]
     assert_close(products, jnp.array(expected))
-    assert_close(sizes, jnp.stack([max(jnp.abs(x).max() for x in jax.tree.leaves(draw)) for draw in draws]))
+    assert_close(sizes, jnp.array([[jnp.abs(draw[k]).max() for draw in draws] for k in sorted(shapes)]))
     draws[1]["vector"] = draws[1]["vector"].at[2].set(jnp.nan)
-    assert jnp.isnan(tree.inner_products(draws, [(0, 0)])[1]).tolist() == [False, True, False]
+    assert jnp.isnan(tree.inner_products(draws, [(0, 0)])[1]).any(0).tolist() == [False, True, False]
 
 
 def test_cond_leaves_out_what_both_branches_hand_on():

@@ -43,6 +43,7 @@ def serve(method, workload):
         jax.block_until_ready([x for x in jax.tree.leaves(function(*args)) if isinstance(x, jax.Array)])
         return time.perf_counter() - start
 
+    print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         if line.strip() == "init":
             print(json.dumps([timed(runner.init)]), flush=True)
@@ -68,16 +69,21 @@ class Child:
     def ask(self, line):
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
+        return self.listen()
+
+    def listen(self):
         return json.loads(self.process.stdout.readline())
 
     def end(self):
         self.process.stdin.close()
-        return json.loads(self.process.stdout.readline())
+        return self.listen()
 
 
 def measure(workload, pythons):
     """One repetition: the seconds of each method, by name."""
     children = {name: Child(python, name, workload) for name, python in pythons.items()}
+    for child in children.values():
+        child.listen()  # until it has imported what it needs
     init = {name: child.ask("init")[0] for name, child in children.items()}
     first = {name: child.ask(2 * PERIOD) for name, child in children.items()}
     steps = {name: [] for name in children}

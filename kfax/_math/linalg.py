@@ -192,7 +192,7 @@ def diagonalize_both(
     if is_diagonal(metric, ndim):
         return jax.lax.rsqrt(metric), matrix / metric
     root = _inverse_root(metric)
-    values, vectors = _eigh(matmul(root, as_dense(matrix, ndim), root.mT))
+    values, vectors = eigh(matmul(root, as_dense(matrix, ndim), root.mT))
     return matmul(root.mT, vectors), jnp.maximum(values, 0)
 
 

@@ -162,6 +162,25 @@ def test_a_compiled_loop(on_mesh):
     both(run, on_mesh, case.model, case.batch)
 
 
+def test_an_ensemble_that_is_not_compiled(on_mesh):
+    case = make_case("mlp", "softmax", num_examples=N)
+    optimizer = kfax.Optimizer(case.loss_fn, learning_rate=0.1, momentum=0.9, damping=1.0)
+    member = eqx.if_array(0)
+
+    def run(model, batch):
+        axes = optimizer.state_axes(eqx.filter_eval_shape(optimizer.init, model, batch))
+        models = jax.tree.map(lambda x: jnp.stack([x, 2 * x]) if eqx.is_array(x) else x, model)
+        states = eqx.filter_vmap(optimizer.init, in_axes=(member, None), out_axes=axes)(models, batch)
+
+        @eqx.filter_vmap(in_axes=(member, axes, None, 0), out_axes=(member, axes, member))
+        def step(model, state, batch, key):
+            return optimizer.step(model, state, batch, key=key)
+
+        return step(models, states, batch, jax.random.split(KEY, 2))
+
+    both(run, on_mesh, case.model, case.batch)
+
+
 def test_a_link_of_optax(on_mesh):
     case = make_case("mlp", "softmax", num_examples=N)
     optim = optax.chain(kfax.scale_by_curvature(case.loss_fn, damping=0.1), optax.sgd(0.1, momentum=0.9))

@@ -6,7 +6,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from .tree import is_traced
 from .types import ArrayTree, PyTree
@@ -42,7 +43,7 @@ def on_automatic_axes(function: Callable[_Arguments, _Result]) -> Callable[_Argu
                     error.add_note(_WITHIN)
                 raise
         known = [*arrays[0], *arrays[1].values()]
-        return eqx.combine(jax.sharding.reshard(result, _shardings(result, known, mesh)), others)
+        return eqx.combine(jax.tree.map(_place, result, _shardings(result, known, mesh)), others)
 
     return automatic
 
@@ -67,12 +68,15 @@ def has_explicit_axes(x: PyTree) -> bool:
 
 
 def _explicit_mesh(arrays: ArrayTree) -> Any:
-    """The mesh of the first array that is on one with explicit axes; in `jit` the abstract one."""
+    """The mesh of an array that is on one with explicit axes; the abstract one if all such arrays are traced."""
+    found = None
     for leaf in jax.tree.leaves(arrays):
         mesh = jax.typeof(leaf).sharding.mesh
         if _explicit_axes(mesh):
-            return mesh if is_traced(leaf) else leaf.sharding.mesh
-    return None
+            if not is_traced(leaf):
+                return leaf.sharding.mesh
+            found = mesh
+    return found
 
 
 def _explicit_axes(mesh: Any) -> list[str]:
@@ -91,6 +95,13 @@ def _shardings(arrays: ArrayTree, known: list[ArrayTree], mesh: Any) -> PyTree:
     if eqx.is_array(arrays):
         return NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda part: _shardings(part, known, mesh), arrays, is_leaf=lambda node: node is not arrays)
+
+
+def _place(array: Array, sharding: NamedSharding) -> Array:
+    """The array with another sharding. What is mapped by `jax.vmap` knows the abstract mesh only, in JAX 0.9."""
+    if is_traced(array) or isinstance(sharding.mesh, AbstractMesh):
+        return jax.sharding.reshard(array, NamedSharding(sharding.mesh.abstract_mesh, sharding.spec))
+    return jax.device_put(array, sharding)
 
 
 def _shapes(arrays: ArrayTree) -> list[tuple[int, ...]]:

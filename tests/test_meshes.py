@@ -165,18 +165,14 @@ def test_a_compiled_loop(on_mesh):
 def test_an_ensemble_that_is_not_compiled(on_mesh):
     case = make_case("mlp", "softmax", num_examples=N)
     optimizer = kfax.Optimizer(case.loss_fn, learning_rate=0.1, momentum=0.9, damping=1.0)
-    member = eqx.if_array(0)
 
     def run(model, batch):
-        axes = optimizer.state_axes(eqx.filter_eval_shape(optimizer.init, model, batch))
+        axes, member = optimizer.state_axes(optimizer.init(model, batch)), eqx.if_array(0)
         models = jax.tree.map(lambda x: jnp.stack([x, 2 * x]) if eqx.is_array(x) else x, model)
         states = eqx.filter_vmap(optimizer.init, in_axes=(member, None), out_axes=axes)(models, batch)
-
-        @eqx.filter_vmap(in_axes=(member, axes, None, 0), out_axes=(member, axes, member))
-        def step(model, state, batch, key):
-            return optimizer.step(model, state, batch, key=key)
-
-        return step(models, states, batch, jax.random.split(KEY, 2))
+        step = functools.partial(optimizer.step, key=KEY)
+        step = eqx.filter_vmap(step, in_axes=(member, axes, None), out_axes=(member, axes, member))
+        return step(models, states, batch)
 
     both(run, on_mesh, case.model, case.batch)
 

@@ -52,11 +52,6 @@ class FactorSizes(eqx.Module):
         return (self.shape.d_a,) if self.a_is_diagonal else (self.shape.d_a, self.shape.d_a)
 
     @property
-    def inputs(self) -> tuple[int, ...]:
-        """The shape of A without bias."""
-        return (self.shape.num_inputs,) if self.a_is_diagonal else (self.shape.num_inputs, self.shape.num_inputs)
-
-    @property
     def g(self) -> tuple[int, ...]:
         """The shape of G."""
         return (self.shape.d_g,) if self.g_is_diagonal else (self.shape.d_g, self.shape.d_g)
@@ -115,26 +110,21 @@ class Expand(Sharing):
     def slot(self, sizes: FactorSizes, num_examples: int) -> Recorded:
         del num_examples
         shape, dtype = sizes.shape, sizes.shape.statistics_dtype
-        moment = jnp.zeros((*shape.leading, *sizes.inputs), dtype)
-        sums = jnp.zeros((*shape.leading, shape.num_inputs), dtype)
-        counts = jnp.zeros((*shape.leading, 2), dtype)
-        return Recorded((moment, sums, counts), jnp.zeros((*shape.leading, *sizes.g), dtype))
+        a, g = (jnp.zeros((*shape.leading, *size), dtype) for size in (sizes.a, sizes.g))
+        return Recorded((a, jnp.zeros(shape.leading, dtype)), g)
 
     def record(self, sizes: FactorSizes, operation: FactoredOperation, use: Use) -> Recorded:
-        dtype, has_bias = sizes.shape.statistics_dtype, operation.shape().bias
-        weights = _row_weights(use)
-        moment = operation.input_moment(use.x, weights, dtype, diagonal=sizes.a_is_diagonal)
+        shape, dtype, weights = sizes.shape, sizes.shape.statistics_dtype, _row_weights(use)
+        a = operation.input_moment(use.x, weights, dtype, diagonal=sizes.a_is_diagonal)
+        missing = shape.d_a - a.shape[-1]  # a bias that this use has not
+        a = jnp.pad(a, [(0, 0)] * len(shape.groups) + [(0, missing)] * len(sizes.a))
         count = use.num_examples * use.num_positions if weights is None else jnp.sum(weights, dtype=dtype)
-        count = jnp.asarray(count * operation.num_positions(use.x), dtype)
-        sums = jnp.zeros((*sizes.shape.groups, sizes.shape.num_inputs), dtype)
-        if has_bias and not sizes.a_is_diagonal:
-            sums = jnp.sum(operation.input_sums(use.x, weights, dtype), axis=-2)
-        counts = jnp.broadcast_to(jnp.stack([count, has_bias * count]), (*sizes.shape.groups, 2))
+        count = jnp.broadcast_to(jnp.asarray(count * operation.num_positions(use.x), dtype), shape.groups)
         g = operation.cotangents(use.dy)
         g = g.reshape(*g.shape[:-3], -1, g.shape[-1])
         if sizes.g_is_diagonal:
-            return Recorded((moment, sums, counts), jnp.sum(jnp.square(g.astype(dtype)), axis=-2))
-        return Recorded((moment, sums, counts), jnp.matmul(jnp.swapaxes(g, -1, -2), g, preferred_element_type=dtype))
+            return Recorded((a, count), jnp.sum(jnp.square(g.astype(dtype)), axis=-2))
+        return Recorded((a, count), jnp.matmul(jnp.swapaxes(g, -1, -2), g, preferred_element_type=dtype))
 
     def second_moment(self, sizes: FactorSizes, cotangents: Float[Array, "..."]) -> Float[Array, "..."]:
         del sizes
@@ -148,9 +138,8 @@ class Expand(Sharing):
         weights: Float[Array, " n"] | None,
         num_examples: int,
     ) -> KroneckerFactors:
-        del weights
-        moment, sums, (count, ones) = inputs
-        a = _with_bias(moment, sums, ones) if sizes.shape.bias else moment
+        del sizes, weights
+        a, count = inputs
         return KroneckerFactors(a / num_examples, g / num_examples, count / num_examples)
 
 
@@ -220,18 +209,3 @@ def _row_weights(use: Use) -> Float[Array, "n p"] | None:
         return use.present if use.present is None else use.present.astype(jnp.float32)
     rows = jnp.broadcast_to(use.weights[:, None], (use.num_examples, use.num_positions))
     return rows if use.present is None else jnp.where(use.present, rows, 0)
-
-
-def _with_bias(
-    moment: Float[Array, "..."], sums: Float[Array, " d"], ones: Float[Array, ""]
-) -> Float[Array, "d_a d_a"] | Float[Array, " d_a"]:
-    """The second moment of inputs with a 1 appended, from the sums over inputs without it.
-
-    Appending to the (many) rows instead would copy them. Written as one kernel.
-    """
-    if moment.ndim == 1:
-        return jnp.concatenate([moment, ones[None]])
-    row = jnp.concatenate([sums, ones[None]])
-    last = jnp.arange(len(row)) == len(sums)
-    padded = jnp.pad(moment, (0, 1))
-    return jnp.where(last[:, None], row[None, :], jnp.where(last[None, :], row[:, None], padded))

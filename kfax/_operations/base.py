@@ -110,7 +110,7 @@ class FactoredOperation(Operation):
     """An operation whose gradient is a sum over positions of outer products, of output cotangents g and inputs a.
 
     The methods read the rows of one use of a layer, `x` and `dy` with leading axes (examples, positions). One call of
-    the layer may itself have several positions, as a convolution has. Inputs are without the constant 1 of a bias.
+    the layer may itself have several positions, as a convolution has.
     """
 
     @abc.abstractmethod
@@ -119,13 +119,16 @@ class FactoredOperation(Operation):
 
     @abc.abstractmethod
     def input_moment(self, x: Array, weights: Float[Array, "n p"] | None, dtype: Any, *, diagonal: bool) -> Array:
-        """`Σ w a aᵀ` over all rows, `(*groups, num_inputs, num_inputs)`, or its diagonal, `(*groups, num_inputs)`."""
+        """`Σ w ā āᵀ` over all rows, `(*groups, d_a, d_a)`, or its diagonal, `(*groups, d_a)`.
+
+        ā is a, followed by the constant 1 of a bias if the operation has one.
+        """
 
     @abc.abstractmethod
     def input_sums(
         self, x: Array, weights: Float[Array, "n p"] | None, dtype: Any
     ) -> Float[Array, "*groups n num_inputs"]:
-        """`Σ w a` over the positions of each example."""
+        """`Σ w a` over the positions of each example, without the constant 1 of a bias."""
 
     @abc.abstractmethod
     def cotangents(self, dy: Array) -> Float[Array, "*groups n r d_g"]:
@@ -158,3 +161,17 @@ def sums_of_rows(
     if weights is not None:
         rows = rows * weights[..., None].astype(dtype)
     return jnp.sum(rows, axis=-2)
+
+
+def append_bias(
+    moment: Float[Array, "..."], sums: Float[Array, "*groups num_inputs"], count: Array, *, diagonal: bool
+) -> Float[Array, "..."]:
+    """`Σ w ā āᵀ`, or its diagonal, from `Σ w a aᵀ`, `Σ w a` and `Σ w`: where rows with a 1 are not written out."""
+    ones = jnp.broadcast_to(count.astype(moment.dtype), (*sums.shape[:-1], 1))
+    if diagonal:
+        return jnp.concatenate([moment, ones], axis=-1)
+    row = jnp.concatenate([sums, ones], axis=-1)
+    # As one kernel: the last row, the last column, and the rest.
+    last = jnp.arange(row.shape[-1]) == sums.shape[-1]
+    padded = jnp.pad(moment, [(0, 0)] * (moment.ndim - 2) + [(0, 1), (0, 1)])
+    return jnp.where(last[:, None], row[..., None, :], jnp.where(last, row[..., :, None], padded))

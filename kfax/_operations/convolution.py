@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from .base import FactoredOperation, MatrixShape, widen
+from .base import append_bias, FactoredOperation, MatrixShape, widen
 from .patch_moments import Axis, patch_moment, patch_sums
 
 
@@ -153,6 +153,15 @@ class Convolution(FactoredOperation):
         return math.prod(self.windows.num_patches(padded[len(padded) - num_dims :]))
 
     def input_moment(self, x: Array, weights: Float[Array, "n p"] | None, dtype: Any, *, diagonal: bool) -> Array:
+        moment = self._patch_moment(x, weights, dtype, diagonal=diagonal)
+        if self.bias is None:
+            return moment
+        sums = jnp.sum(self.input_sums(x, weights, dtype), axis=-2)
+        count = jnp.asarray(math.prod(x.shape[:2]) if weights is None else jnp.sum(weights, dtype=dtype))
+        return append_bias(moment, sums, count * self.num_positions(x), diagonal=diagonal)
+
+    def _patch_moment(self, x: Array, weights: Float[Array, "n p"] | None, dtype: Any, *, diagonal: bool) -> Array:
+        """Without the constant 1 of a bias."""
         num_inputs = self.shape().num_inputs
         if self.weight is None:
             return jnp.zeros((*self._groups, *[0] * (1 if diagonal else 2)), dtype)

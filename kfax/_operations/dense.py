@@ -62,7 +62,10 @@ class Dense(FactoredOperation):
         return 1
 
     def input_moment(self, x: Array, weights: Float[Array, "n p"] | None, dtype: Any, *, diagonal: bool) -> Array:
-        return moment_of_rows(self._rows(x), weights, dtype, diagonal=diagonal)
+        rows = self._rows(x)
+        if self.bias is not None:
+            rows = jnp.concatenate([rows, jnp.ones((*rows.shape[:2], 1), rows.dtype)], axis=-1)
+        return moment_of_rows(rows, weights, dtype, diagonal=diagonal)
 
     def input_sums(self, x: Array, weights: Float[Array, "n p"] | None, dtype: Any) -> Float[Array, "n num_inputs"]:
         return sums_of_rows(self._rows(x), weights, dtype)

@@ -115,10 +115,12 @@ def test_convolutions_against_patches_by_one_hot_kernels(row):
     @jax.jit
     def truth(x, dy, weights):
         rows = patches(layer, x)
+        with_ones = jnp.concatenate([rows, jnp.ones((*rows.shape[:-1], 1))], axis=-1)
+        with_ones = rows if layer.bias is None else with_ones
         moments, sums = [], []
         for w in (jnp.ones((N, P)), weights):
             by_row = jnp.repeat(w, rows.shape[2] // P, axis=1)
-            moment = jnp.einsum("gnri,nr,gnrj->gij", rows, by_row, rows)
+            moment = jnp.einsum("gnri,nr,gnrj->gij", with_ones, by_row, with_ones)
             moments += [moment, jnp.diagonal(moment, axis1=1, axis2=2)]
             sums.append(jnp.einsum("gnri,nr->gni", rows, by_row))
 

@@ -114,8 +114,9 @@ def test_accumulates_in_the_given_dtype(key):
 def test_frozen_weight():
     convolution = Convolution(None, jnp.zeros((4, 1)), operation("1d").windows, 2)
     x = jnp.ones((3, 2, 4, 9))
-    assert convolution.input_moment(x, None, x.dtype, diagonal=False).shape == (2, 0, 0)
-    assert convolution.input_moment(x, None, x.dtype, diagonal=True).shape == (2, 0)
+    rows = 3 * 2 * convolution.num_positions(x)
+    assert_close(convolution.input_moment(x, None, x.dtype, diagonal=False), jnp.full((2, 1, 1), 1.0 * rows), 0)
+    assert_close(convolution.input_moment(x, None, x.dtype, diagonal=True), jnp.full((2, 1), 1.0 * rows), 0)
     assert convolution.input_sums(x, None, x.dtype).shape == (2, 3, 0)
 
 

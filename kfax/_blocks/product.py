@@ -257,9 +257,10 @@ class ProductInverse(Inverse, Summarized):
     product: Product
 
     def summary(self) -> list[Float[Array, "..."]]:
-        """Of a positive definite matrix no entry is larger than one on its diagonal."""
+        """The inverse of a matrix that could not be decomposed is NaN everywhere: one of its entries tells."""
         left, right, ndim = self.product.left, self.product.right, self.product.ndim
-        return [linalg.diagonal(factor, ndim) for factor in (left, right) if factor is not None]
+        factors = [factor for factor in (left, right) if factor is not None]
+        return [factor if linalg.is_diagonal(factor, ndim) else factor[..., 0, 0] for factor in factors]
 
     def solve(self, vector: Float[Array, "..."]) -> Float[Array, "..."]:
         return self.product.multiply(vector)

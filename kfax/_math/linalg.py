@@ -70,7 +70,7 @@ def shift(factor: Float[Array, "..."], by: Scalar, ndim: int) -> Float[Array, ".
     by = by.astype(factor.dtype)
     if is_diagonal(factor, ndim):
         return factor + by
-    size, mean = factor.shape[-1], _mean_eigenvalue(factor, ndim)
+    size, mean = factor.shape[-1], _mean_eigenvalues([factor], ndim)[..., 0]
     by = jnp.where(jnp.isfinite(mean), jnp.maximum(by, least_damping(size, factor.dtype) * mean), jnp.nan)
     return factor + by[..., None, None] * jnp.eye(size, dtype=factor.dtype)
 
@@ -126,19 +126,22 @@ _MAX_WRITTEN_OUT = 4
 @jax.custom_jvp
 @_one_by_one
 def _inverse_root(matrix: Float[Array, "*stack d d"]) -> Float[Array, "*stack d d"]:
-    """`L⁻¹` of a positive definite `L Lᵀ`, where L is lower triangular."""
-    root = jnp.linalg.cholesky(matrix, symmetrize_input=False)
+    """`L⁻ᵀ` of a positive definite `L Lᵀ`, where L is lower triangular.
+
+    LAPACK stores matrices by columns. It is given a transpose, and so is what it returns: XLA has nothing to copy.
+    """
+    root = jnp.linalg.cholesky(matrix.mT, symmetrize_input=False)
     eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
-    return jax.lax.linalg.triangular_solve(root, eye, left_side=True, lower=True)
+    return jax.lax.linalg.triangular_solve(root, eye, left_side=True, lower=True).mT
 
 
 @_inverse_root.defjvp
 def _(primals, tangents):
     [matrix], [tangent] = primals, tangents
-    inverse = _inverse_root(matrix)
-    change = matmul(inverse, tangent, inverse.mT)
-    lower = jnp.tril(change) - as_dense(diagonal(change, change.ndim - 2), change.ndim - 2) / 2
-    return inverse, -matmul(lower, inverse)
+    root = _inverse_root(matrix)
+    change = matmul(root.mT, tangent, root)
+    upper = jnp.triu(change) - as_dense(diagonal(change, change.ndim - 2), change.ndim - 2) / 2
+    return root, -matmul(root, upper)
 
 
 @jax.custom_jvp
@@ -166,7 +169,7 @@ def psd_inverse(matrix: Float[Array, "*stack d d"]) -> Float[Array, "*stack d d"
     if matrix.shape[-1] == 1:
         return jnp.where((matrix > 0) & jnp.isfinite(matrix), 1 / matrix, jnp.nan)
     root = _inverse_root(matrix)
-    return matmul(root.mT, root)
+    return matmul(root, root.mT)
 
 
 def eigh(matrix: Float[Array, "*stack d d"]) -> tuple[Float[Array, "*stack d"], Float[Array, "*stack d d"]]:
@@ -192,8 +195,8 @@ def diagonalize_both(
     if is_diagonal(metric, ndim):
         return jax.lax.rsqrt(metric), matrix / metric
     root = _inverse_root(metric)
-    values, vectors = eigh(matmul(root, as_dense(matrix, ndim), root.mT))
-    return matmul(root.mT, vectors), jnp.maximum(values, 0)
+    values, vectors = eigh(matmul(root.mT, as_dense(matrix, ndim), root))
+    return matmul(root, vectors), jnp.maximum(values, 0)
 
 
 def by_size(function: Callable[[Array], ArrayTree], matrices: Sequence[Array]) -> list:
@@ -246,26 +249,31 @@ def damp_factors(
     the product of their traces is not finite.
     """
     d_a, d_g = a.shape[-1], g.shape[-1]
-    mean_a, mean_g = _mean_eigenvalue(a, ndim), _mean_eigenvalue(g, ndim)
-    product, damping = mean_a * mean_g, damping.astype(a.dtype)
+    # Numbers for A and G side by side, for the sake of few kernels.
+    means, damping = _mean_eigenvalues((a, g), ndim), damping.astype(a.dtype)[..., None]
+    product = means * means[..., ::-1]
     # Anything smaller is nothing beside λ, and must not be divided by.
     alive = product > jnp.finfo(a.dtype).eps ** 2 * damping
     safe = jnp.where(alive, product, 1)
     root = jnp.sqrt if d_a > 1 and d_g > 1 else lambda x: x  # of two matrices, or one
-    scale, constant = root(safe), root(damping)
+    scale, least = root(safe), np.array([least_damping(d, a.dtype) for d in (d_a, d_g)], a.dtype)
+    multiples = jnp.where(alive, scale / jnp.where(alive, means, 1), 0) + 0 * product  # or NaN
+    added = jnp.maximum(root(damping), jnp.where(alive, scale, 0) * least)
 
-    def damped(factor, mean, is_matrix):
-        size = factor.shape[-1]
+    def damped(factor, index, is_matrix):
+        size, shape = factor.shape[-1], (*means.shape[:-1], *(1,) * (factor.ndim - ndim))
         eye = jnp.ones(size, factor.dtype) if is_diagonal(factor, ndim) else jnp.eye(size, dtype=factor.dtype)
         if not is_matrix:
             return jnp.broadcast_to(eye, factor.shape)
-        multiple = jnp.where(alive, scale / jnp.where(alive, mean, 1), 0) + 0 * product  # or NaN
-        added = jnp.maximum(constant, jnp.where(alive, scale, 0) * least_damping(size, factor.dtype))
-        multiple, added = (x.reshape(*x.shape, *(1,) * (factor.ndim - ndim)) for x in (multiple, added))
-        return multiple * factor + added * eye
+        return multiples[..., index].reshape(shape) * factor + added[..., index].reshape(shape) * eye
 
-    return damped(a, mean_a, d_a > 1 or d_g == 1), damped(g, mean_g, d_g > 1)
+    return damped(a, 0, d_a > 1 or d_g == 1), damped(g, 1, d_g > 1)
 
 
-def _mean_eigenvalue(factor: Float[Array, "..."], ndim: int) -> Float[Array, "*leading"]:
-    return jnp.mean(diagonal(factor, ndim), axis=-1)
+def _mean_eigenvalues(factors: Sequence[Float[Array, "..."]], ndim: int) -> Float[Array, "*leading k"]:
+    """Those of k factors with the same leading axes."""
+    diagonals = [diagonal(factor, ndim) for factor in factors]
+    sizes = np.array([each.shape[-1] for each in diagonals])
+    fill = [[(0, 0)] * ndim + [(0, max(sizes) - size)] for size in sizes]
+    rows = jnp.stack([jnp.pad(each, pad) for each, pad in zip(diagonals, fill, strict=True)], axis=-2)
+    return jnp.sum(rows, axis=-1) / sizes.astype(rows.dtype)

@@ -300,7 +300,7 @@ def _gaps(true: list[Array], observed: list[Any]) -> tuple[Bool[Array, " layers"
     true = [x.astype(y.dtype) for x, y in zip(true, rebuilt, strict=True)]
     differences = [x - y for x, y in zip(true, rebuilt, strict=True)]
     vectors = (true, rebuilt, differences, magnitudes)
-    squares, sizes = inner_products(vectors, [(i, i) for i in range(4)])
+    squares, sizes = inner_products(vectors, [(i, i) for i in range(4)], measured=[0])
     ours, theirs, distance, total = jnp.sqrt(squares).T
     largest = jnp.maximum(ours, theirs)
     resolution = jnp.stack([jnp.max(each).astype(squares.dtype) for each in resolutions])

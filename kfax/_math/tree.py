@@ -28,8 +28,8 @@ def dot(x: ArrayTree, y: ArrayTree) -> Scalar:
 
 
 def inner_products(
-    vectors: Sequence[ArrayTree], pairs: Sequence[tuple[int, int]]
-) -> tuple[Float[Array, "leaves pairs"], Float[Array, "leaves vectors"]]:
+    vectors: Sequence[ArrayTree], pairs: Sequence[tuple[int, int]], measured: Sequence[int] = ()
+) -> tuple[Float[Array, "leaves pairs"], Float[Array, "leaves measured"]]:
     """Inner products of several PyTrees of one structure, in one pass over their numbers.
 
     One reduction of several arrays at once for each leaf, along its last axis first, for the sake of rounding errors.
@@ -39,9 +39,10 @@ def inner_products(
 
     - `vectors`: the PyTrees.
     - `pairs`: of which of them, by number.
+    - `measured`: which of them are also asked for their largest absolute values.
 
-    **Returns:** the products, by leaf; and the largest absolute value in each leaf of each vector. In the widest dtype
-    among their leaves (at least float32).
+    **Returns:** the products, by leaf; and the largest absolute values, by leaf. In the widest dtype among their leaves
+    (at least float32).
     """
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(vectors))
 
@@ -52,7 +53,7 @@ def inner_products(
 
     def leaf(*arrays):
         wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in arrays]
-        terms = [*(wide[i] * wide[j] for i, j in pairs), *map(jnp.abs, wide)]
+        terms = [*(wide[i] * wide[j] for i, j in pairs), *(jnp.abs(wide[i]) for i in measured)]
         zeros = [jnp.zeros((), x.dtype) for x in terms]
         if terms[0].ndim > 1:
             terms = jax.lax.reduce(terms, zeros, add, (terms[0].ndim - 1,))

@@ -18,13 +18,13 @@ class L2(eqx.Module):
     Unlike decoupled weight decay it is part of the objective, so that it shows in the loss and in the quadratic model.
     """
 
-    coefficient: Scalar
+    coefficient: Scalar | None
     where: Where | None = eqx.field(static=True)
 
-    def __init__(self, coefficient: ArrayLike, where: Where | None = None):
+    def __init__(self, coefficient: ArrayLike | None, where: Where | None = None):
         """**Arguments:**
 
-        - `coefficient`: η ≥ 0. [loss/param²]
+        - `coefficient`: η ≥ 0, or `None` for no regularizer, for which nothing is computed. [loss/param²]
         - `where`: what is regularized: a function of the model that returns nodes of it, as in `equinox.tree_at`.
             Everything that is trained, if not given.
 
@@ -33,8 +33,13 @@ class L2(eqx.Module):
         """
         if not (where is None or callable(where)):
             raise ValueError(f"`where` of `kfax.L2` must be a function of the model, got {where!r}.")
-        self.coefficient = nonnegative("l2", coefficient)
+        self.coefficient = None if coefficient is None else nonnegative("l2", coefficient)
         self.where = where
+
+    @property
+    def is_active(self) -> bool:
+        """Whether there is anything to compute."""
+        return self.coefficient is not None
 
     def mask(self, model: Model, parameters: Parameters) -> PyTree:
         """Which leaves of the parameters are regularized."""
@@ -52,23 +57,31 @@ class L2(eqx.Module):
             )
         return mask
 
-    def multiply(self, mask: PyTree, vector: Parameters) -> Parameters:
-        """The regularizer's curvature times a vector; of the parameters themselves, its gradient."""
-        return jax.tree.map(
-            lambda chosen, x: self.coefficient.astype(x.dtype) * x if chosen else jnp.zeros_like(x), mask, vector
-        )
+    def add_gradient(self, mask: PyTree, gradient: Parameters, parameters: Parameters) -> Parameters:
+        """The gradient of loss and regularizer, of that of the loss."""
+        coefficient = self.coefficient
+        if coefficient is None:
+            return gradient
+
+        def add(chosen, g, x):
+            wide = jnp.promote_types(jnp.result_type(g, x), jnp.float32)
+            return (g + coefficient.astype(wide) * x).astype(g.dtype) if chosen else g
+
+        return jax.tree.map(add, mask, gradient, parameters)
 
     def total(self, mask: PyTree, products: Float[Array, "leaves k"]) -> Float[Array, " k"]:
         """Inner products in the metric of the regularizer's curvature, of those of each leaf of the parameters."""
+        if self.coefficient is None:
+            return jnp.zeros_like(products[0])
         chosen = np.array(jax.tree.leaves(mask))
         return self.coefficient.astype(products.dtype) * jnp.sum(products[chosen], axis=0)
 
     def damping(self, mask: PyTree, parameters: Parameters) -> Scalar | dict[str, Scalar]:
         """What to add to the damping, or to each layer's: η times the share of its parameters that is regularized."""
+        coefficient = jnp.zeros(()) if self.coefficient is None else self.coefficient
         if self.where is None:
-            return self.coefficient
+            return coefficient
         flags = jax.tree.map(lambda chosen, x: jnp.full(x.shape, chosen, jnp.float32), mask, parameters)
         return {
-            key: self.coefficient * jnp.mean(matrix).astype(self.coefficient.dtype)
-            for key, matrix in to_matrices(flags).items()
+            key: coefficient * jnp.mean(matrix).astype(coefficient.dtype) for key, matrix in to_matrices(flags).items()
         }

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._capture import Linearization, Problem
-from .._math.tree import all_finite, combine, inner_products
+from .._math.tree import all_finite, inner_products
 from .._math.types import Counter, Parameters, PRNGKey, PyTree, Scalar
 from .l2 import L2
 from .passes import gradient_of, gram_of, loss_of
@@ -58,9 +58,9 @@ class Objective(eqx.Module):
     def plane(self, directions: tuple[Parameters, ...]) -> Plane:
         """All inner products of some directions with each other, the gradient and the parameters."""
         k = len(directions)
-        vectors = (*directions, self.problem.parameters, self.gradient)
-        pairs = [(i, j) for i in range(k) for j in range(i, k + 2)]
-        products, sizes = inner_products(vectors, pairs)
+        vectors, columns = (*directions, self.gradient, self.problem.parameters), k + 1 + self.l2.is_active
+        pairs = [(i, j) for i in range(k) for j in range(i, columns)]
+        products, sizes = inner_products(vectors[:columns], pairs, measured=range(k))
         table = dict(zip(pairs, jnp.sum(products, axis=0), strict=True))
         regularized = dict(zip(pairs, self.l2.total(self.mask, products), strict=True))
 
@@ -70,8 +70,14 @@ class Objective(eqx.Module):
         def column(table, j):
             return jnp.stack([table[i, j] for i in range(k)])
 
-        largest = jnp.max(sizes[:, : k + 1], axis=0)
-        return Plane(square(table), column(table, k + 1), square(regularized), column(regularized, k), largest)
+        return Plane(
+            inner=square(table),
+            slopes=column(table, k),
+            l2=square(regularized),
+            l2_slopes=column(regularized, columns - 1),
+            sizes=jnp.max(sizes, axis=0),
+            range=min(float(jnp.finfo(leaf.dtype).max) for leaf in jax.tree.leaves(self.problem.parameters)),
+        )
 
     def gram(self, model: QuadraticModel, directions: tuple[Parameters, ...], step: Counter) -> Float[Array, "k k"]:
         """`vᵢᵀ C vⱼ` for some directions, of the exact curvature of the batch, without L2."""
@@ -96,9 +102,10 @@ def objective_on(
     result, measured = gradient_of(problem, micro_batches, key, linearize, measure, measured)
     _check_model_state(problem.model_state, result.model_state)
     mask = l2.mask(problem.model, parameters)
-    gradient = combine((1, 1), (result.means["gradient"], l2.multiply(mask, parameters)))
-    products, sizes = inner_products((gradient, parameters), [(0, 0), (1, 1)])
-    l2_value = l2.total(mask, products)[1] / 2
+    gradient = l2.add_gradient(mask, result.means["gradient"], parameters)
+    vectors = (gradient, parameters)[: 1 + l2.is_active]
+    products, sizes = inner_products(vectors, [(i, i) for i in range(len(vectors))], measured=[0])
+    l2_value = l2.total(mask, products)[-1] / 2
     objective = Objective(
         problem=problem,
         l2=l2,
@@ -108,7 +115,7 @@ def objective_on(
         loss=result.means["loss"] + l2_value,
         gradient=gradient,
         squared_norm=jnp.sum(products[:, 0]),
-        is_finite=jnp.isfinite(jnp.max(sizes[:, 0])),
+        is_finite=jnp.isfinite(jnp.max(sizes)),
         model_state=result.model_state,
         aux=result.aux,
     )

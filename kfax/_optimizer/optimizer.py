@@ -60,7 +60,7 @@ class Optimizer(eqx.Module):
         learning_rate: ArrayLike | Schedule | QuadraticModel | NormConstraint,
         momentum: ArrayLike | Schedule | QuadraticModel,
         damping: ArrayLike | Schedule | DampingRule | RelativeDamping,
-        l2: ArrayLike | L2 = 0.0,
+        l2: ArrayLike | L2 | None = None,
         preconditioner: Preconditioner | None = None,
         micro_batches: int = 1,
         rejection: Rejection | None = None,
@@ -77,7 +77,7 @@ class Optimizer(eqx.Module):
         - `momentum`: β in [0, 1], a number, a schedule or [`kfax.QuadraticModel`][].
         - `damping`: λ > 0, a number, a schedule, a rule such as [`kfax.LevenbergMarquardt`][], or one of these relative
             to the curvature, [`kfax.RelativeDamping`][]. [loss/param²]
-        - `l2`: η, a number, or a [`kfax.L2`][] for some of the parameters. [loss/param²]
+        - `l2`: η, a number, or a [`kfax.L2`][] for some of the parameters; none, if not given. [loss/param²]
         - `preconditioner`: which curvature is inverted, and how often; [`kfax.Preconditioner`][]`()` if not given.
         - `micro_batches`: in how many equal parts a batch is run, one after the other, to save memory. Examples are
             expected on axis 0 of all arrays of the batch. Parts of it that preconditioner or quadratic model are told

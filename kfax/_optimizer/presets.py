@@ -17,7 +17,7 @@ from .rescale import NormConstraint, Rejection
 def full_batch(
     loss_fn: Callable,
     *,
-    l2: ArrayLike | L2 = 0.0,
+    l2: ArrayLike | L2 | None = None,
     estimator: CurvatureEstimator | None = None,
     quadratic_model: QuadraticModel | None = None,
     frozen: Where | None = None,
@@ -65,7 +65,7 @@ def stochastic(
     learning_rate: ArrayLike | Schedule,
     damping: ArrayLike | Schedule | DampingRule | RelativeDamping = 1e-2,
     bound: ArrayLike | Schedule = 1e-3,
-    l2: ArrayLike | L2 = 0.0,
+    l2: ArrayLike | L2 | None = None,
     estimator: BlockDiagonalCurvature | None = None,
     frozen: Where | None = None,
 ) -> Optimizer:

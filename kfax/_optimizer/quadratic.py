@@ -56,14 +56,16 @@ class Plane(eqx.Module):
     - `slopes`: `∇hᵀ vᵢ`. [loss]
     - `l2`: `vᵢᵀ L vⱼ`, where L is the curvature of the L2 term. [loss]
     - `l2_slopes`: `θᵀ L vᵢ`. [loss]
-    - `sizes`: the largest absolute value in each direction, and in θ. [param]
+    - `sizes`: the largest absolute value in each direction. [param]
+    - `range`: the largest number that all parameters can hold. [param]
     """
 
     inner: Float[Array, "k k"]
     slopes: Float[Array, " k"]
     l2: Float[Array, "k k"]
     l2_slopes: Float[Array, " k"]
-    sizes: Float[Array, " k+1"]
+    sizes: Float[Array, " k"]
+    range: float = eqx.field(static=True)
 
     def squared_norm(self, coefficients: Float[Array, " k"]) -> Scalar:
         """Of a combination."""
@@ -74,8 +76,8 @@ class Plane(eqx.Module):
         return matmul(coefficients, self.l2_slopes) + _form(self.l2, coefficients) / 2
 
     def is_finite(self, coefficients: Float[Array, " k"]) -> Bool[Array, ""]:
-        """Whether a combination, and the parameters after it, are finite."""
-        return jnp.isfinite(jnp.sum(jnp.abs(coefficients) * self.sizes[:-1]) + self.sizes[-1])
+        """Whether a combination is finite, and leaves room for parameters of its size to be added."""
+        return jnp.sum(jnp.abs(coefficients) * self.sizes) < self.range / 2
 
     def minimize(
         self, gram: Float[Array, "k k"], damping: Scalar, learning_rate: Scalar | None, momentum: Scalar | None

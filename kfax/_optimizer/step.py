@@ -56,11 +56,9 @@ class ProposedStep(eqx.Module):
 
     **Fields:**
 
-    - `parameters`: after the step.
-    - `update`: of the parameters.
-    - `descent`: the preconditioned gradient, downwards.
+    - `directions`: the preconditioned gradient, downwards, and the velocity.
     - `descent_norm`, `norm`: of the preconditioned gradient, and of the update.
-    - `is_finite`: whether update and parameters are.
+    - `is_finite`: whether update and parameters after it are.
     - `coefficients`: learning rate and momentum.
     - `preconditioner`: its state, refreshed if that was due.
     - `failed`: whether an inverse failed, or there is none yet.
@@ -72,9 +70,7 @@ class ProposedStep(eqx.Module):
     - `ratio`: of the actual change to the predicted one.
     """
 
-    parameters: Parameters
-    update: Parameters
-    descent: Parameters
+    directions: tuple[Parameters, Parameters]
     descent_norm: Scalar
     norm: Scalar
     is_finite: Bool[Array, ""]
@@ -87,6 +83,10 @@ class ProposedStep(eqx.Module):
     change: Scalar
     after: Scalar
     ratio: Scalar
+
+    def update(self) -> Parameters:
+        """What is added to the parameters."""
+        return combine(self.coefficients, self.directions)
 
 
 class StepRules(eqx.Module):
@@ -149,16 +149,15 @@ class StepRules(eqx.Module):
         directions = (descent, state.velocity)
         plane = objective.plane(directions)
         coefficients, predicted = self._coefficients(objective, settings, damping, directions, plane, state.step)
-        update = combine(coefficients, directions)
-        new = combine((1, 1), (parameters, update))
         dtype, both = objective.loss.dtype, jnp.stack(coefficients)
         unknown = jnp.full((), jnp.nan, dtype)
 
         def measure():
-            change = predicted
+            change, update = predicted, combine(coefficients, directions)
             if change is None:
                 curvature = self._curvature(objective, preconditioner, update, state.step)
                 change = plane.change(curvature, both)
+            new = combine((1, 1), (parameters, update))
             return change.astype(dtype), objective.loss_at(plane, both, new).astype(dtype)
 
         def do_not_measure():
@@ -169,9 +168,7 @@ class StepRules(eqx.Module):
         if isinstance(self.rule, LevenbergMarquardt) and self.rule.includes_damping:
             change += (damping * plane.squared_norm(both) / 2).astype(dtype)
         return ProposedStep(
-            parameters=new,
-            update=update,
-            descent=descent,
+            directions=directions,
             descent_norm=jnp.sqrt(plane.inner[0, 0]),
             norm=jnp.sqrt(plane.squared_norm(both)),
             is_finite=plane.is_finite(both),
@@ -215,11 +212,9 @@ class StepRules(eqx.Module):
         undone = is_good & ~accepted
         # A velocity that led nowhere, and not for the first time, is what may have to go.
         again = ~is_finite | state.was_undone | (self.rejection is None)
-
-        def stay():
-            return objective.problem.parameters, _if(~(undone & again), state.velocity)
-
-        parameters, velocity = cond(accepted, lambda: (proposed.parameters, proposed.update), stay)
+        update, old = proposed.update(), objective.problem.parameters
+        parameters = select(accepted, combine((1, 1), (old, update)), old)
+        velocity = select(accepted, update, _if(~(undone & again), state.velocity))
         stale = proposed.preconditioner.is_stale | undone
         adjusted = self.adjusted(state.damping, proposed, self.rule.wants_ratio(state.step), undone)
         new_state = OptimizerState(
@@ -229,7 +224,7 @@ class StepRules(eqx.Module):
             preconditioner=eqx.tree_at(lambda p: p.is_stale, proposed.preconditioner, stale),
             was_undone=jnp.where(is_good, undone, state.was_undone),
         )
-        vectors = (objective.problem.parameters, objective.gradient, proposed.descent)
+        vectors = (objective.problem.parameters, objective.gradient, proposed.directions[0])
         return (
             parameters,
             new_state,
@@ -254,7 +249,7 @@ class StepRules(eqx.Module):
                 damping=proposed.damping,
                 predicted_change=proposed.change,
                 reduction_ratio=proposed.ratio,
-                layers=layer_norms(*vectors, _if(accepted, proposed.update)) if report_layers else None,
+                layers=layer_norms(*vectors, _if(accepted, update)) if report_layers else None,
                 model_state=_keep(accepted, objective.model_state, objective.problem.model_state),
                 aux=objective.aux,
             ),

@@ -33,6 +33,7 @@ class TaggedLinear(TaggedLayer):
 
     def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
         """As `equinox.nn.Linear`: from `(in_features,)` to `(out_features,)`."""
+        del key
         expected = () if self.layer.in_features == "scalar" else (self.layer.in_features,)
         if self.layer.weight is not None and self.layer.weight.ndim != 2:
             raise ValueError(
@@ -44,7 +45,19 @@ class TaggedLinear(TaggedLayer):
                 f"This `equinox.nn.Linear` takes one example, an array of shape {expected}, but was called with one of "
                 f"shape {jnp.shape(x)}. Several examples or positions are mapped over: `jax.vmap(model)(inputs)`."
             )
-        return self.observe(self.layer(x, key=key), x)
+        return self.observe(_apply(self.layer, x), x)
 
     def operations(self) -> dict[str, Operation]:
         return {"": Dense(self.layer.weight, self.layer.bias)}
+
+
+def _apply(layer: eqx.nn.Linear, x: Array) -> Array:
+    """What the layer computes, with the axes of its product in an order in which mapped ones come first.
+
+    Of its own `weight @ x` a mapped axis comes last, and has to be moved: after two `jax.vmap`s XLA's CPU compiler
+    transposes in every pass.
+    """
+    if type(layer) is not eqx.nn.Linear or "scalar" in (layer.in_features, layer.out_features):
+        return layer(x)
+    y = jnp.tensordot(x, layer.weight, axes=(0, 1))
+    return y if layer.bias is None else y + layer.bias

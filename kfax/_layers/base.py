@@ -32,7 +32,7 @@ class TaggedLayer(eqx.Module):
     - `layer`: what is wrapped.
     - `block`: how its curvature is approximated: one block for all operations, or one for each by name. Has no
         arrays, so that a tagged model has the array leaves of the original.
-    - `slots`: `None`, except while an estimator observes the layer.
+    - `slots`: `None`, except while kfax runs the layer: then those in which it is observed, by operation.
     """
 
     layer: AbstractVar[Any]
@@ -173,9 +173,10 @@ def replace_layers(tree: Model, layers: Mapping[str, TaggedLayer]) -> Model:
 
 
 def fill_slots(model: Model, slots: Mapping[tuple[str, str], tuple[Slot, ...]]) -> Model:
-    """The model with slots filled for operations, given by path and name.
+    """The model with slots filled for operations, given by path and name; those of all others are empty, not `None`.
 
-    Only those of stacked layers become leaves of it, which `jax.vmap` and `jax.lax.scan` take apart with the layers.
+    So a layer computes the same in whatever way, whether it is observed or not, and XLA runs it once for both. Only
+    those of stacked layers become leaves of it, which `jax.vmap` and `jax.lax.scan` take apart with the layers.
     """
     layers = tagged_layers(model)
     by_path: dict[str, dict[str, tuple[Slot, ...]]] = {}
@@ -188,7 +189,7 @@ def fill_slots(model: Model, slots: Mapping[tuple[str, str], tuple[Slot, ...]]) 
         }
         return _with_slots(layer, held)
 
-    return replace_layers(model, {path: fill(layers[path], filled) for path, filled in by_path.items()})
+    return replace_layers(model, {path: fill(layer, by_path.get(path, {})) for path, layer in layers.items()})
 
 
 def empty_slots(model: Model) -> Model:

@@ -45,16 +45,16 @@ class TaggedLinear(TaggedLayer):
                 f"This `equinox.nn.Linear` takes one example, an array of shape {expected}, but was called with one of "
                 f"shape {jnp.shape(x)}. Several examples or positions are mapped over: `jax.vmap(model)(inputs)`."
             )
-        return self.observe(_apply(self.layer, x), x)
+        return self.layer(x) if self.slots is None else self.observe(_apply(self.layer, x), x)
 
     def operations(self) -> dict[str, Operation]:
         return {"": Dense(self.layer.weight, self.layer.bias)}
 
 
 def _apply(layer: eqx.nn.Linear, x: Array) -> Array:
-    """What the layer computes, with the axes of its product in an order in which mapped ones come first.
+    """What the layer computes, up to rounding, with the axes of its product in an order in which mapped ones are first.
 
-    Of its own `weight @ x` a mapped axis comes last, and has to be moved: after two `jax.vmap`s XLA's CPU compiler
+    In its own `weight @ x` a mapped axis comes last, and has to be moved: after two `jax.vmap`s XLA's CPU compiler
     transposes in every pass.
     """
     if type(layer) is not eqx.nn.Linear or "scalar" in (layer.in_features, layer.out_features):

@@ -163,12 +163,17 @@ def gram_of(
     """The quadratic forms of the exact curvature of a batch."""
     exact = ImplicitExactCurvature(source)
 
+    def gram(problem):
+        state = exact.init(problem.model, frozen=problem.frozen)
+        return exact.gram(exact.fold(state, ImplicitExactBatch(problem, None, None)), directions)
+
+    if number == 1:
+        return gram(problem)
+
     def run(problem, key, carry):
         del key
-        evaluation = problem.evaluate(problem.parameters)  # the same as is linearized below, and computed once
-        state = exact.init(problem.model, frozen=problem.frozen)
-        state = exact.fold(state, ImplicitExactBatch(problem, None, None))
-        means = {"gram": exact.gram(state, directions)}
+        evaluation = problem.evaluate(problem.parameters)  # the same as is linearized for `gram`, and computed once
+        means = {"gram": gram(problem)}
         return PassResult(means, total_weight(evaluation.losses), evaluation.model_state, None), carry
 
     return over_micro_batches(problem, number, None, run, None)[0].means["gram"]

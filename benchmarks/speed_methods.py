@@ -140,14 +140,19 @@ class Kfax:
         settings = {"learning_rate": auto, "momentum": auto, "damping": damping}
         loss_fn = kfax_loss(workload)
         self.optimizer = kfax.full_batch(loss_fn) if preset else kfax.Optimizer(loss_fn, **settings)
-        self.step_fn = eqx.filter_jit(self.optimizer.step)
+
+        @eqx.filter_jit(donate="all-except-first")  # as kfac-jax does
+        def step(batch, model, state, key):
+            return self.optimizer.step(model, state, batch, key=key)
+
+        self.step_fn = step
 
     def init(self):
         self.state = self.optimizer.init(self.model, self.batch, key=jax.random.key(0))
         return self.state
 
     def step(self, i):
-        self.model, self.state, _ = self.step_fn(self.model, self.state, self.batch, key=jax.random.key(i))
+        self.model, self.state, _ = self.step_fn(self.batch, self.model, self.state, jax.random.key(i))
         return self.model
 
 
@@ -230,13 +235,13 @@ class AdamW:
         self.batch, self.eqx = workload.batch(), eqx
         self.model, self.transform = equinox_model(workload), optax.adamw(1e-3)
 
-        def step(model, state, batch):
+        def step(batch, model, state):
             value = lambda model: number_of(outputs_of(workload, model, batch), batch)  # noqa: E731
             gradient = eqx.filter_grad(value)(model)
             updates, state = self.transform.update(gradient, state, eqx.filter(model, eqx.is_inexact_array))
             return eqx.apply_updates(model, updates), state
 
-        self.step_fn = eqx.filter_jit(step)
+        self.step_fn = eqx.filter_jit(step, donate="all-except-first")
 
     def init(self):
         self.state = self.transform.init(self.eqx.filter(self.model, self.eqx.is_inexact_array))
@@ -244,7 +249,7 @@ class AdamW:
 
     def step(self, i):
         del i
-        self.model, self.state = self.step_fn(self.model, self.state, self.batch)
+        self.model, self.state = self.step_fn(self.batch, self.model, self.state)
         return self.model
 
 

@@ -254,9 +254,10 @@ def _slots(
     for loan in borrowed(model, trainable(model, frozen)):
         loans.setdefault(loan.owner, []).append(loan)
     values, uses = {}, {}
+    anchor = tie(jnp.zeros((), bool), problem)  # one for all, since a problem has as many arrays as layers
     for part in parts(eqx.filter_eval_shape(lambda: problem.parameters)).values():
         reading = read(part)
-        values[part.key] = tie(reading.zeros, problem)
+        values[part.key] = tie(reading.zeros, anchor)
         for place in (part, *loans.get(part.key, ())):
             slot = make(part, reading, place.path, place.operation)
             uses.setdefault((place.path, place.name), []).append((part.key, slot))

@@ -68,12 +68,14 @@ class ExampleAxis:
     - `is_sum`: whether the statistic is a plain sum over rows. Together with a name that needs no particular size, so
         that the batch may be processed in parts.
     - `path`: the layer, for messages.
+    - `paths`: all layers that are observed, for messages that are compiled once for all of them.
     """
 
     name: str | None
     size: int
     is_sum: bool
     path: str
+    paths: tuple[str, ...] = ()
 
     def marker(self) -> Counter | None:
         """An integer that is mapped over the named axis and no other."""
@@ -254,10 +256,12 @@ def _row_statistic(slot: Slot, x_ndims: PyTree, y_ndims: PyTree) -> Callable:
         first, first_ndim = jax.tree.leaves(dy)[0], jax.tree.leaves(y_ndims)[0]
         rows = first.shape[: first.ndim - first_ndim]
         found = rows[0] if rows and (seen or axis.name is None) else None
-        fault = axis.fault(found)
-        if fault is not None:
+        if axis.fault(found) is not None:
             zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
-            return _fails(zeros, first, fault)
+            # Every layer is first traced without axes: the messages of all are compiled at once.
+            paths = axis.paths if found is None and axis.paths else (axis.path,)
+            faults = tuple(str(dataclasses.replace(axis, path=path).fault(found)) for path in paths)
+            return _fails(zeros, first, faults, paths.index(axis.path))
 
         counts = None if present is None else present.reshape(rows[0], -1)
 
@@ -273,15 +277,16 @@ def _row_statistic(slot: Slot, x_ndims: PyTree, y_ndims: PyTree) -> Callable:
     return statistic
 
 
-def _fails(statistic: ArrayTree, rows: ArrayTree, fault: str) -> ArrayTree:
-    """The statistic, whose computation fails if it is run."""
-    zero = _fail(jnp.ravel(jax.tree.leaves(rows)[0])[0], fault)
+def _fails(statistic: ArrayTree, rows: ArrayTree, faults: tuple[str, ...], index: int = 0) -> ArrayTree:
+    """The statistic, whose computation fails if it is run, with one of several messages."""
+    zero = _fail(jnp.ravel(jax.tree.leaves(rows)[0])[0], jnp.asarray(index), faults)
     return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), statistic)
 
 
-@functools.partial(jax.jit, static_argnums=1)  # traced once for each message
-def _fail(anything: Array, fault: str) -> Float[Array, ""]:
-    return eqx.error_if(jnp.zeros(()), (anything == anything) | (anything != anything), fault)
+@functools.partial(jax.jit, static_argnums=2)  # costly to trace, and so for all layers together
+def _fail(anything: Array, index: Counter, faults: tuple[str, ...]) -> Float[Array, ""]:
+    always = (anything == anything) | (anything != anything)
+    return eqx.branched_error_if(jnp.zeros(()), always, index, faults)
 
 
 def _replace_absent(x: Array, present: Bool[Array, "n p"]) -> Array:
@@ -343,7 +348,7 @@ def _make_fold(
         if not is_stacked:
             out = fold(value, weights, marker, present, context, x, dy)
             if axis.name is None and size == axis.size and not any(jax.tree.leaves(rows_mapped[1:])):
-                out = _fails(out, dy, axis.summed())
+                out = _fails(out, dy, (axis.summed(),))
             return out, jax.tree.map(lambda _: False, out)
 
         # A `cond` took the slot along. JAX will add up what is due to each example for which this branch was taken.

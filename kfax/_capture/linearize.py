@@ -245,7 +245,9 @@ def _explained(explanations: Mapping[str, str]) -> Iterator[None]:
 
 
 def _slots(
-    problem: Problem, read: Callable[[Part], Reading], make: Callable[[Part, Reading, str, Operation], Slot]
+    problem: Problem,
+    read: Callable[[Part], Reading],
+    make: Callable[[Part, Reading, str, tuple[str, ...], Operation], Slot],
 ) -> tuple[dict[str, ArrayTree], dict[tuple[str, str], list[tuple[str, Slot]]]]:
     """The slots' values by part, and for each place in the model its slots, with the parts that they belong to."""
     model, frozen = problem.model, problem.frozen
@@ -255,11 +257,14 @@ def _slots(
         loans.setdefault(loan.owner, []).append(loan)
     values, uses = {}, {}
     anchor = tie(jnp.zeros((), bool), problem)  # one for all, since a problem has as many arrays as layers
-    for part in parts(eqx.filter_eval_shape(lambda: problem.parameters)).values():
+    found = parts(eqx.filter_eval_shape(lambda: problem.parameters)).values()
+    places = {part.key: (part, *loans.get(part.key, ())) for part in found}
+    paths = tuple(dict.fromkeys(place.path for several in places.values() for place in several))
+    for part in found:
         reading = read(part)
         values[part.key] = tie(reading.zeros, anchor)
-        for place in (part, *loans.get(part.key, ())):
-            slot = make(part, reading, place.path, place.operation)
+        for place in places[part.key]:
+            slot = make(part, reading, place.path, paths, place.operation)
             uses.setdefault((place.path, place.name), []).append((part.key, slot))
     return values, uses
 
@@ -272,9 +277,10 @@ def _slot(
     part: Part,
     reading: Reading,
     path: str,
+    paths: tuple[str, ...],
     operation: Operation,
 ) -> Slot:
-    """A slot, as yet without its value, for a use of a part by the layer at `path`."""
+    """A slot, as yet without its value, for a use of a part by the layer at `path`, one of several `paths`."""
 
     def statistic(use):
         try:
@@ -299,7 +305,7 @@ def _slot(
 
     stack, expected = part.operation.shape().stack, jax.tree.leaves(reading.zeros)
     stacked = None if weights is None else jnp.broadcast_to(weights, (*stack, num_examples))
-    axis = ExampleAxis(example_axis, num_examples, reading.is_sum and weights is None, path)
+    axis = ExampleAxis(example_axis, num_examples, reading.is_sum and weights is None, path, paths)
     ndim = jax.tree.leaves(reading.zeros)[0].ndim - len(stack)
     return Slot(reading.zeros, stacked, statistic, axis, ndim, on_forward, on_backward)
 

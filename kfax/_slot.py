@@ -258,8 +258,8 @@ def _row_statistic(slot: Slot, x_ndims: PyTree, y_ndims: PyTree) -> Callable:
         found = rows[0] if rows and (seen or axis.name is None) else None
         if axis.fault(found) is not None:
             zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
-            # Every layer is first traced without axes: the messages of all are compiled at once.
-            paths = axis.paths if found is None and axis.paths else (axis.path,)
+            # Every layer is first traced without some of its axes: the messages of all are compiled at once.
+            paths = axis.paths or (axis.path,)
             faults = tuple(str(dataclasses.replace(axis, path=path).fault(found)) for path in paths)
             return _fails(zeros, first, faults, paths.index(axis.path))
 

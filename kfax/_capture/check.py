@@ -54,7 +54,7 @@ def check(
 @on_automatic_axes
 def check_observed(problem: Problem, example_axis: str | None) -> None:
     """Whether loss and gradient are finite, and every use of a weight was observed, example by example."""
-    value, is_finite, gaps, bare = _run(problem, example_axis, _random_weights)
+    value, is_finite, gaps, bare = _run(problem, example_axis, _random_weights, sums_magnitudes=False)
     _report_finite(problem, value, is_finite, gaps)
     if _differ(np.asarray(value, float), np.asarray(bare, float), value.dtype):
         raise ValueError(
@@ -62,11 +62,15 @@ def check_observed(problem: Problem, example_axis: str | None) -> None:
             "computes with all arrays of the model, among which are those by which stacked layers are observed. Take "
             "`kfax.parameters_of(model)` in place of the model, or an `l2` of the optimizer."
         )
+    if all(gap.is_rounding for gap in gaps.values()):
+        return
+    # A gradient that vanishes? Its terms tell, and take as long again to compile.
+    gaps = _run(problem, example_axis, _random_weights, sums_magnitudes=True)[2]
     doubtful = {path: gap for path, gap in gaps.items() if not gap.is_rounding}
     if not doubtful:
         return
     # Why? Without weights the axis makes no difference: only what was not observed leaves a gap of the same order.
-    plain = _run(problem, example_axis, np.ones)[2]
+    plain = _run(problem, example_axis, np.ones, sums_magnitudes=True)[2]
     faults = [path for path in doubtful if not plain[path].is_rounding or _of_same_order(plain[path], doubtful[path])]
     _report_unobserved({path: float(plain[path].relative) for path in faults})
     whole = [path for path, gap in doubtful.items() if not gap.in_parts]  # where examples were seen all at once
@@ -91,12 +95,13 @@ class _Gap:
 
 
 def _run(
-    problem: Problem, example_axis: str | None, weigh: Callable[[int], np.ndarray]
+    problem: Problem, example_axis: str | None, weigh: Callable[[int], np.ndarray], sums_magnitudes: bool
 ) -> tuple[Array, dict[str, bool], dict[str, _Gap], Array]:
     """The loss, whether each layer's gradient is finite, how its two gradients differ, and the bare loss."""
     try:
         with jax.default_matmul_precision("highest"):  # or accelerators would round the rebuilt gradients to 10 bits
-            value, finite, gaps, bare = jax.block_until_ready(eqx.filter_jit(_compare)(problem, example_axis, weigh))
+            results = eqx.filter_jit(_compare)(problem, example_axis, weigh, sums_magnitudes)
+            value, finite, gaps, bare = jax.block_until_ready(results)
     except eqx.EquinoxRuntimeError as error:
         # A wrong example axis shows only when the computation runs (see `_slot`). The message alone is what matters.
         message = str(error).rpartition("EquinoxRuntimeError: ")[2].partition("\n\n---")[0]
@@ -220,14 +225,15 @@ def _values(linearization: Linearization) -> tuple[Array, dict[str, Bool[Array, 
 
 
 def _compare(
-    problem: Problem, example_axis: str | None, weigh: Callable[[int], np.ndarray]
+    problem: Problem, example_axis: str | None, weigh: Callable[[int], np.ndarray], sums_magnitudes: bool
 ) -> tuple[Array, Bool[Array, " layers"], list[Shaped[Array, " layers"]], Array]:
     """The loss; whether each layer's gradient is finite; what differs between two of them; the bare loss.
 
     The two gradients are of random outputs, with the weights of examples that `weigh` makes. The bare loss is that of a
     model whose slots are empty, where some are leaves of it.
     """
-    linearization = linearize(problem, functools.partial(_read_gradient, weigh), example_axis=example_axis)
+    read = functools.partial(_read_gradient, weigh, sums_magnitudes)
+    linearization = linearize(problem, read, example_axis=example_axis)
     losses = linearization.losses
     keys = jax.random.split(jax.random.key(0), len(losses))
     shapes = [loss.outputs for loss in losses]
@@ -256,8 +262,8 @@ def _by_example(weights: np.ndarray, array: Array) -> Array:
     return array * weights.reshape(-1, *(1,) * (array.ndim - 1)).astype(array.dtype)
 
 
-def _read_gradient(weigh: Callable[[int], np.ndarray], part: Part, num_examples: int) -> Reading:
-    """Reads the gradient of V by the observed rows, and what `_gap` asks besides."""
+def _read_gradient(weigh: Callable[[int], np.ndarray], sums_magnitudes: bool, part: Part, num_examples: int) -> Reading:
+    """Reads the gradient of V by the observed rows, and what `_gaps` asks besides."""
     shape = part.operation.shape()
     dtype = shape.statistics_dtype
 
@@ -270,19 +276,17 @@ def _read_gradient(weigh: Callable[[int], np.ndarray], part: Part, num_examples:
         in_parts = use.num_examples != num_examples
         weights = np.ones(use.num_examples) if in_parts else weigh(num_examples)
         dy = jax.tree.map(lambda leaf: _by_example(weights, leaf), use.dy)
-        x, dy = rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (use.x, dy))
-        abs_x, abs_dy = jax.tree.map(lambda leaf: jnp.abs(leaf) if _is_float(leaf) else leaf, rows)
+        rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (use.x, dy))
         dtypes = [shape.dtype, *(leaf.dtype for leaf in jax.tree.leaves(rows) if _is_float(leaf))]
         coarsest = max(jnp.finfo(each).eps for each in dtypes)
-        return (
-            read(operation, x, dy, use.context),
-            read(operation, abs_x, abs_dy, use.context),
-            jnp.asarray(coarsest, dtype),
-            jnp.asarray(in_parts, dtype),
-        )
+        all_rows = [rows]
+        if sums_magnitudes:
+            all_rows.append(jax.tree.map(lambda leaf: jnp.abs(leaf) if _is_float(leaf) else leaf, rows))
+        gradients = [read(operation, x, dy, use.context) for x, dy in all_rows]
+        return gradients, jnp.asarray(coarsest, dtype), jnp.asarray(in_parts, dtype)
 
     zeros, count = jnp.zeros((*shape.leading, shape.d_g, shape.d_a), dtype), jnp.zeros(shape.stack, dtype)
-    return Reading((zeros, zeros, count, count), statistic, is_sum=True)
+    return Reading(([zeros] * (1 + sums_magnitudes), count, count), statistic, is_sum=True)
 
 
 def _is_float(leaf: Array) -> bool:
@@ -293,15 +297,17 @@ def _gaps(true: list[Array], observed: list[Any]) -> tuple[Bool[Array, " layers"
     """For each layer whether the first gradient is finite; and of two of them the fields of `_Gap`.
 
     A sum of products of rounded numbers is off by about `resolution` (of which there is one for each use, added up)
-    times the sum of their magnitudes; that alone matters where the gradient vanishes. What lies between the two is
-    rounded too, and by more than that: hence the generous share of the gradient itself.
+    times the sum of their magnitudes, where it was summed; that alone matters where the gradient vanishes. What lies
+    between the two is rounded too, and by more than that: hence the generous share of the gradient itself.
     """
-    rebuilt, magnitudes, resolutions, in_parts = map(list, zip(*observed, strict=True))
+    gradients, resolutions, in_parts = map(list, zip(*observed, strict=True))
+    rebuilt, *magnitudes = map(list, zip(*gradients, strict=True))
     true = [x.astype(y.dtype) for x, y in zip(true, rebuilt, strict=True)]
     differences = [x - y for x, y in zip(true, rebuilt, strict=True)]
-    vectors = (true, rebuilt, differences, magnitudes)
-    squares, sizes = inner_products(vectors, [(i, i) for i in range(4)], measured=[0])
-    ours, theirs, distance, total = jnp.sqrt(squares).T
+    vectors = (true, rebuilt, differences, *magnitudes)
+    squares, sizes = inner_products(vectors, [(i, i) for i in range(len(vectors))], measured=[0])
+    ours, theirs, distance, *totals = jnp.sqrt(squares).T
+    total = sum(totals, jnp.zeros(()))
     largest = jnp.maximum(ours, theirs)
     resolution = jnp.stack([jnp.max(each).astype(squares.dtype) for each in resolutions])
     # Of functions that are not defined for absolute values, nothing.

@@ -52,27 +52,28 @@ class Dense(FactoredOperation):
         return Dense(weight, None if self.bias is None else matrix[..., -1], self.inputs_first)
 
     def gradient(self, x: Array, dy: Array, context: Any) -> Float[Array, "d_g d_a"]:
-        g, a = widen(dy.reshape(dy.shape[0], -1)), widen(x.reshape(x.shape[0], -1))
-        columns = [] if self.weight is None else [g.T @ a]
-        if self.bias is not None:
-            columns.append(jnp.sum(g, axis=0)[:, None])
-        return jnp.concatenate(columns, axis=-1)
+        return widen(dy.reshape(dy.shape[0], -1)).T @ widen(self._extended(x, 1))
 
     def num_positions(self, x: Array) -> int:
         return 1
 
     def input_moment(self, x: Array, weights: Float[Array, "n p"] | None, dtype: Any, *, diagonal: bool) -> Array:
-        rows = self._rows(x)
-        if self.bias is not None:
-            rows = jnp.concatenate([rows, jnp.ones((*rows.shape[:2], 1), rows.dtype)], axis=-1)
-        return moment_of_rows(rows, weights, dtype, diagonal=diagonal)
+        return moment_of_rows(self._extended(x, 2), weights, dtype, diagonal=diagonal)
 
     def input_sums(self, x: Array, weights: Float[Array, "n p"] | None, dtype: Any) -> Float[Array, "n num_inputs"]:
-        return sums_of_rows(self._rows(x), weights, dtype)
+        return sums_of_rows(self._rows(x, 2), weights, dtype)
 
     def cotangents(self, dy: Array) -> Float[Array, "n p d_g"]:
         return dy.reshape(*dy.shape[:2], -1)
 
-    def _rows(self, x: Array) -> Shaped[Array, "n p num_inputs"]:
-        rows = x.reshape(*x.shape[:2], -1)
+    def _rows(self, x: Array, ndim: int) -> Shaped[Array, "... num_inputs"]:
+        """a, for each row along the first `ndim` axes."""
+        rows = x.reshape(*x.shape[:ndim], -1)
         return rows[..., :0] if self.weight is None else rows
+
+    def _extended(self, x: Array, ndim: int) -> Shaped[Array, "... d_a"]:
+        """ā, likewise: one product then serves weight and bias."""
+        rows = self._rows(x, ndim)
+        if self.bias is None:
+            return rows
+        return jnp.concatenate([rows, jnp.ones((*rows.shape[:-1], 1), rows.dtype)], axis=-1)

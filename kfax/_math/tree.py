@@ -98,6 +98,11 @@ def select(predicate: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
     return eqx.combine(jax.tree.map(lambda a, b: jnp.where(predicate, a, b), arrays, others), rest)
 
 
+def finite_or_zero(x: ArrayTree) -> ArrayTree:
+    """Zeros in the places of all numbers that are not finite."""
+    return jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, jnp.zeros((), leaf.dtype)), x)
+
+
 def distinct(tree: PyTree) -> PyTree:
     """The same PyTree, made anew, in which no two places hold the same object: to tell places apart by identity."""
     seen = set()
@@ -192,11 +197,17 @@ def _anywhere(axis_size, in_batched, flag):
     return anywhere(jnp.any(flag, axis=0)), False
 
 
-def keep_finite(new: dict, old: dict, is_known: Bool[Array, ""]) -> tuple[dict, Bool[Array, ""]]:
-    """The entries of `new` that are finite, if anything is known, and otherwise those of `old`; whether any is not."""
+def keep_finite(
+    new: dict, old: dict, is_known: Bool[Array, ""], is_wanted: Bool[Array, ""] | bool = True
+) -> tuple[dict, Bool[Array, ""]]:
+    """The entries of `new` that are finite, if anything is known and wanted, and otherwise those of `old`.
+
+    Also whether any is wanted and not finite.
+    """
     finite = {key: all_finite(value) & is_known for key, value in new.items()}
-    kept = {key: select(finite[key], value, old[key]) for key, value in new.items()}
-    return kept, functools.reduce(operator.or_, [~flag for flag in finite.values()], jnp.zeros((), bool))
+    kept = {key: select(finite[key] & is_wanted, value, old[key]) for key, value in new.items()}
+    failed = functools.reduce(operator.or_, [~flag for flag in finite.values()], jnp.zeros((), bool))
+    return kept, failed & is_wanted
 
 
 def cond(predicate: Any, on_true: Callable[[], Any], on_false: Callable[[], Any]) -> Any:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool
 
 from .._math.linalg import matmul
 from .._math.scalars import are_valid, nonnegative, positive, scheduled, within_closed_unit
-from .._math.tree import combine, cond, inner_products, select, zeros_like
+from .._math.tree import combine, cond, finite_or_zero, inner_products, select
 from .._math.types import Counter, Parameters, Scalar, Schedule
 from .damping import DampingRule, LevenbergMarquardt, RelativeDamping, rule_of
 from .l2 import L2
@@ -83,10 +83,6 @@ class ProposedStep(eqx.Module):
     change: Scalar
     after: Scalar
     ratio: Scalar
-
-    def update(self) -> Parameters:
-        """What is added to the parameters."""
-        return combine(self.coefficients, self.directions)
 
 
 class StepRules(eqx.Module):
@@ -212,9 +208,12 @@ class StepRules(eqx.Module):
         undone = is_good & ~accepted
         # A velocity that led nowhere, and not for the first time, is what may have to go.
         again = ~is_finite | state.was_undone | (self.rejection is None)
-        update, old = proposed.update(), objective.problem.parameters
-        parameters = select(accepted, combine((1, 1), (old, update)), old)
-        velocity = select(accepted, update, _if(~(undone & again), state.velocity))
+        old, directions = objective.problem.parameters, finite_or_zero(proposed.directions)
+        # What is not taken has coefficients of zero: a choice between arrays compiles to several loops.
+        learning_rate, momentum = (jnp.where(accepted, each, 0) for each in proposed.coefficients)
+        update = combine((learning_rate, momentum), directions)
+        kept = ~(accepted | (undone & again))
+        velocity = combine((learning_rate, momentum + kept), directions)
         stale = proposed.preconditioner.is_stale | undone
         adjusted = self.adjusted(state.damping, proposed, self.rule.wants_ratio(state.step), undone)
         new_state = OptimizerState(
@@ -226,7 +225,7 @@ class StepRules(eqx.Module):
         )
         vectors = (objective.problem.parameters, objective.gradient, proposed.directions[0])
         return (
-            parameters,
+            combine((1, 1), (old, update)),
             new_state,
             StepInfo(
                 step=state.step,
@@ -249,7 +248,7 @@ class StepRules(eqx.Module):
                 damping=proposed.damping,
                 predicted_change=proposed.change,
                 reduction_ratio=proposed.ratio,
-                layers=layer_norms(*vectors, _if(accepted, update)) if report_layers else None,
+                layers=layer_norms(*vectors, update) if report_layers else None,
                 model_state=_keep(accepted, objective.model_state, objective.problem.model_state),
                 aux=objective.aux,
             ),
@@ -304,11 +303,6 @@ def _choose(
     if isinstance(coefficient, QuadraticModel):
         return None
     return scheduled(name, coefficient, step, check) if callable(coefficient) else coefficient
-
-
-def _if(taken: Bool[Array, ""], vector: Parameters) -> Parameters:
-    """The vector, or zeros."""
-    return select(taken, vector, zeros_like(vector))
 
 
 def _first(*cases: tuple[Bool[Array, ""], StepResult]) -> StepResult:

@@ -196,7 +196,8 @@ class Cholesky(Inversion):
         return product.damped(damping).factors()
 
     def finish(self, product: Product, damping: Scalar, results: tuple[Any, ...]) -> Inverse:
-        return ProductInverse(product.damped(damping).inverse(results))
+        has_diagonal = len(results) < 1 + (product.left is not None)
+        return ProductInverse((product.damped(damping) if has_diagonal else product).inverse(results))
 
     def refresh_flops(self, size: int) -> int:
         return 2 * size**3

@@ -9,6 +9,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jaxtyping import Array, Float
 
 from .._layers import Borrowed, borrowed, fill_slots, parameters_of, Part, parts, split_parameters, trainable
@@ -114,34 +115,71 @@ class Linearization(eqx.Module):
 class Outputs(eqx.Module):
     """A model linearized at its parameters on one batch, from parameters to the losses' outputs.
 
-    Both directions come from one reverse-mode linearization: the forward one is the transpose of the backward one, and
-    costs what forward mode costs, but asks for no forward mode of the model.
-
     **Fields:**
 
     - `losses`: of the batch.
     - `pull`: `u -> Jᵀu`.
+    - `push`: `v -> Jv`.
     """
 
     losses: tuple[Loss, ...]
     pull: Callable[[Cotangents], Parameters]
-
-    def push(self, vector: Parameters) -> Cotangents:
-        """`v -> Jv`."""
-        zeros = tuple(jnp.zeros_like(loss.outputs) for loss in self.losses)
-        with _explained(_PUSH):
-            return jax.vjp(self.pull, zeros)[1](vector)[0]
+    push: Callable[[Parameters], Cotangents]
 
 
 def linearize_outputs(problem: Problem) -> Outputs:
-    """Runs the model forward with empty slots."""
+    """Runs the model forward with empty slots.
+
+    Both directions come from one linearization: the backward one is the transpose of the forward one. Of a model that
+    has no forward mode, such as one with a `jax.custom_vjp` function, it is the other way around.
+    """
+    parameters, rest = problem.parameters, []
 
     def outputs(parameters):
         losses = problem.evaluate(parameters).losses
-        return tuple(loss.outputs for loss in losses), losses
+        arrays, others = eqx.partition(losses, eqx.is_array)
+        rest.append(others)
+        return tuple(loss.outputs for loss in losses), arrays
 
-    _, pullback, losses = eqx.filter_vjp(outputs, problem.parameters, has_aux=True)
-    return Outputs(losses, lambda cotangents: pullback(cotangents)[0])
+    pull, push, arrays = _forwards(outputs, parameters) or _backwards(outputs, parameters)
+
+    @jax.jit  # to be traced once for several vectors
+    def explained(vector):
+        with _explained(_PUSH):
+            return push(vector)
+
+    return Outputs(eqx.combine(arrays, rest[-1]), pull, explained)
+
+
+def _forwards(outputs: Callable, parameters: Parameters) -> tuple[Callable, Callable, PyTree] | None:
+    """Both directions, and what else is returned, by forward mode; `None` if there is none."""
+    try:
+        _, push, arrays = jax.linearize(outputs, parameters, has_aux=True)
+        has_rule = _mentions("custom_lin", jax.make_jaxpr(push)(parameters).jaxpr)
+    except Exception as error:
+        if any(words in str(error) for words in _WITHOUT_FORWARD_MODE):
+            return None
+        raise
+    return None if has_rule else (lambda u: jax.linear_transpose(push, parameters)(u)[0], push, arrays)
+
+
+def _backwards(outputs: Callable, parameters: Parameters) -> tuple[Callable, Callable, PyTree]:
+    """The same by reverse mode, and by the transpose of its backward pass."""
+    values, backward, arrays = jax.vjp(outputs, parameters, has_aux=True)
+    zeros = jax.tree.map(jnp.zeros_like, values)
+    pull = lambda u: backward(u)[0]  # noqa: E731
+    return pull, lambda v: jax.vjp(pull, zeros)[1](v)[0], arrays
+
+
+def _mentions(name: str, jaxpr: Jaxpr) -> bool:
+    """Whether a primitive is somewhere in a program: what stands for a rule of reverse mode is an error only if run."""
+    inner = jax.tree.leaves([list(eqn.params.values()) for eqn in jaxpr.eqns], is_leaf=_is_program)
+    programs = [getattr(each, "jaxpr", each) for each in inner if _is_program(each)]
+    return any(eqn.primitive.name == name for eqn in jaxpr.eqns) or any(_mentions(name, each) for each in programs)
+
+
+def _is_program(x: Any) -> bool:
+    return isinstance(x, Jaxpr | ClosedJaxpr)
 
 
 class _Run:
@@ -223,10 +261,9 @@ _ONLY_BACKWARD = (
 )
 
 # By what JAX says of it: of one or several `jvp`s through `observe`, and of a slot that is not an argument.
+_WITHOUT_FORWARD_MODE = ("forward-mode", "custom_lin", "call_hi_primitive")
 _FORWARD = {
-    "forward-mode": f"`loss_fn` differentiates a tagged layer. {_NOT_DIFFERENTIATED}",
-    "custom_lin": f"`loss_fn` differentiates a tagged layer. {_NOT_DIFFERENTIATED}",
-    "call_hi_primitive": f"`loss_fn` differentiates a tagged layer. {_NOT_DIFFERENTIATED}",
+    **dict.fromkeys(_WITHOUT_FORWARD_MODE, f"`loss_fn` differentiates a tagged layer. {_NOT_DIFFERENTIATED}"),
     "closed-over value": f"A tagged layer {_OUT_OF_SIGHT}",
 }
 _PUSH = {"while_loop": _ONLY_BACKWARD}

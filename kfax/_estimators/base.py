@@ -124,15 +124,17 @@ class CurvatureEstimator(eqx.Module):
         parameters: Parameters,
         damping: ArrayLike | Mapping[str, ArrayLike],
         only: Collection[str] | None = None,
+        is_wanted: Bool[Array, ""] | bool = True,
     ) -> tuple[Any, Bool[Array, ""]]:
         """`refresh`, of what can be inverted.
 
         **Arguments:** as for `refresh`.
 
         - `only`: keys of the blocks to be refreshed, if the estimator has blocks; all if not given.
+        - `is_wanted`: whether it is wanted at all.
 
-        **Returns:** the state, with those inverses as before that are not finite, or of nothing; and whether there are
-        any.
+        **Returns:** the state, with those inverses as before that are not finite, or of nothing, or not wanted; and
+        whether any is wanted and failed.
         """
 
     @abc.abstractmethod

@@ -87,7 +87,9 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         parameters, _ = split_parameters(model, frozen)
         found = parts(parameters)
         shapes = {key: part.operation.shape() for key, part in found.items()}
-        blocks = eqx.filter_eval_shape(lambda: {key: part.block.init(shapes[key]) for key, part in found.items()})
+        distinct = {(part.block, shapes[key]) for key, part in found.items()}  # to trace each kind of layer once
+        states = {kind: eqx.filter_eval_shape(lambda kind=kind: kind[0].init(kind[1])) for kind in distinct}
+        blocks = {key: states[part.block, shapes[key]] for key, part in found.items()}
         average = MovingAverage.zeros({key: block.statistics for key, block in blocks.items()})
         inverses = {key: immovable(block.inverse) for key, block in blocks.items()}
         return BlockDiagonalState(average, inverses, block_shapes(found))
@@ -181,10 +183,11 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         parameters: Parameters,
         damping: ArrayLike | Mapping[str, ArrayLike],
         only: Collection[str] | None = None,
+        is_wanted: Bool[Array, ""] | bool = True,
     ) -> tuple[BlockDiagonalState, Bool[Array, ""]]:
         refreshed = self.refresh(state, parameters, damping, only).inverses
         mine = {key: refreshed[key] for key in (refreshed if only is None else only)}
-        kept, failed = keep_finite(mine, state.inverses, self.weight(state) > 0)
+        kept, failed = keep_finite(mine, state.inverses, self.weight(state) > 0, is_wanted)
         return BlockDiagonalState(state.average, state.inverses | kept, state.shapes), failed
 
     def redamp(

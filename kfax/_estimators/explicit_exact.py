@@ -164,11 +164,12 @@ class ExplicitExactCurvature(CurvatureEstimator):
         parameters: Parameters,
         damping: ArrayLike | Mapping[str, ArrayLike],
         only: Collection[str] | None = None,
+        is_wanted: Bool[Array, ""] | bool = True,
     ) -> tuple[ExplicitExactState, Bool[Array, ""]]:
         del only
         refreshed = self.refresh(state, parameters, damping)
         finite = all_finite(refreshed.inverse) & (self.weight(state) > 0)
-        return select(finite, refreshed, state), ~finite
+        return select(finite & is_wanted, refreshed, state), ~finite & is_wanted
 
     def redamp(
         self, state: ExplicitExactState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]

@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from .._capture import check_values, Cotangents, Linearization, linearize, linearize_outputs, Outputs, Problem
 from .._layers import parameters_of
 from .._math.mesh import on_automatic_axes
-from .._math.tree import combine, inner_products, norm, zeros_like
+from .._math.tree import combine, inner_products, norm, select, zeros_like
 from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
 from .base import CurvatureEstimator, division_by, narrow, operator_of
 from .damping import damping_by_parameter, wide
@@ -58,8 +58,8 @@ class ImplicitExactCurvature(CurvatureEstimator):
     differentiated through, as are derivatives of the model within the loss.
 
     A product takes one pass forward and one backward, after a linearization that `as_operator` makes once and the
-    other methods at each call. No forward mode is asked of the model: a product with J is the transpose of the
-    backward pass. Under `jit` a linearization is shared with whatever else runs the model at the same parameters.
+    other methods at each call. Of a model without forward mode a product with J is the transpose of the backward pass.
+    Under `jit` a linearization is shared with whatever else runs the model at the same parameters.
 
     ??? cite "Source"
         Schraudolph 2002, doi:10.1162/08997660260028683; Martens 2010, "Deep learning via Hessian-free optimization",
@@ -160,11 +160,12 @@ class ImplicitExactCurvature(CurvatureEstimator):
         parameters: Parameters,
         damping: ArrayLike | Mapping[str, ArrayLike],
         only: Collection[str] | None = None,
+        is_wanted: Bool[Array, ""] | bool = True,
     ) -> tuple[ImplicitExactState, Bool[Array, ""]]:
         inner, failed = state.preconditioner, jnp.zeros((), bool)
         if self.preconditioner is not None:
-            inner, failed = self.preconditioner.refresh_finite(inner, parameters, damping, only)
-        damping = damping_by_parameter(parameters, damping)
+            inner, failed = self.preconditioner.refresh_finite(inner, parameters, damping, only, is_wanted)
+        damping = select(jnp.asarray(is_wanted), damping_by_parameter(parameters, damping), state.damping)
         return ImplicitExactState(state.problem, state.key, damping, inner), failed
 
     def redamp(
@@ -377,7 +378,6 @@ _ONE_BATCH = (
     "`ImplicitExactCurvature` holds its batch itself, which cannot be several. Use the sum of several operators "
     "(`as_operator`), or `kfax.ExplicitExactCurvature`, or `kfax.BlockDiagonalCurvature`."
 )
-
 
 _NOT_CONVERGED = (
     "The solver of `kfax.ImplicitExactCurvature` did not converge. Before the first `refresh` the damping is zero: "

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool
 from .._blocks import Spectrum, unbounded
 from .._estimators import BlockDiagonalCurvature, CurvatureEstimator, Eigendecomposition, ImplicitExactCurvature
 from .._math.scalars import nonnegative
-from .._math.tree import anywhere, cond, keep_finite, mean, select, zeros_like
+from .._math.tree import anywhere, cond, keep_finite, mean, zeros_like
 from .._math.types import Counter, Model, Parameters, Scalar, Schedule, Where
 from .damping import as_damping_rule, check_blind, DampingMultiple, DampingRule, RelativeDamping
 
@@ -20,8 +20,7 @@ class Staggered(eqx.Module):
     """Spreads the refresh over the steps of a period: each step refreshes some of the blocks, for about equal cost.
 
     As much is computed as by a refresh of everything once in a period, but no step takes longer than others: except the
-    first one, and one after an inverse that failed or a step that was undone, which refresh everything. The compiled
-    program has every factorization twice.
+    first one, and one after an inverse that failed or a step that was undone, which refresh everything.
 
     **Fields:**
 
@@ -173,13 +172,11 @@ class Preconditioner(eqx.Module):
         if isinstance(self.inverse_update_period, Staggered):
             return self._next_refresh(state, parameters, damping, step, self.inverse_update_period.period)
         due = is_due(step, self.inverse_update_period)
-        kept = (state, jnp.zeros((), bool))
-
-        def refresh():
-            refreshed = self.refresh(state, parameters, damping)
-            return refreshed if due is True else select(due | state.is_stale, refreshed, kept)
-
-        return cond(due is True or anywhere(due | state.is_stale), refresh, lambda: kept)
+        if due is True:
+            return self.refresh(state, parameters, damping)
+        due |= state.is_stale
+        refresh = lambda: self.refresh(state, parameters, damping, is_wanted=due)  # noqa: E731
+        return cond(anywhere(due), refresh, lambda: (state, jnp.zeros((), bool)))
 
     def _next_refresh(
         self,
@@ -190,18 +187,20 @@ class Preconditioner(eqx.Module):
         period: int,
     ) -> tuple[PreconditionerState, Bool[Array, ""]]:
         """Everything at first and if the state is stale, and otherwise the blocks whose turn it is."""
-        groups = self._groups(parameters, period)
-        turn, everything = step % period, (step == 0) | state.is_stale
+        inverses, failed = dict(state.curvature.inverses), jnp.zeros((), bool)
+        everything = (step == 0) | state.is_stale
+        for i, group in enumerate(self._groups(parameters, period)):
+            due = everything | (step % period == i)
+            kept = {key: inverses[key] for key in group}, jnp.zeros((), bool)
 
-        def refresh():
-            new, failed = self.refresh(state, parameters, damping)
-            old = state.curvature.inverses
-            mine = {key: everything | (turn == i) for i, group in enumerate(groups) for key in group}
-            inverses = {key: select(mine[key], each, old[key]) for key, each in new.curvature.inverses.items()}
-            return eqx.tree_at(lambda s: s.curvature.inverses, new, inverses), failed
+            def refresh(group=group, due=due, kept=kept):
+                new, failed = self.refresh(state, parameters, damping, group, due)
+                return {key: new.curvature.inverses[key] for key in group}, failed
 
-        branches = [lambda group=group: self.refresh(state, parameters, damping, group) for group in groups]
-        return _switch(jnp.where(anywhere(everything), 0, 1 + turn), [refresh, *branches])
+            mine, has_failed = cond(anywhere(due), refresh, lambda kept=kept: kept)
+            inverses, failed = inverses | mine, failed | has_failed
+        curvature = eqx.tree_at(lambda s: s.inverses, state.curvature, inverses)
+        return PreconditionerState(curvature, state.eigendecomposition, failed), failed
 
     def refresh(
         self,
@@ -209,15 +208,16 @@ class Preconditioner(eqx.Module):
         parameters: Parameters,
         damping: Scalar | Mapping[str, Scalar],
         only: tuple[str, ...] | None = None,
+        is_wanted: Bool[Array, ""] | bool = True,
     ) -> tuple[PreconditionerState, Bool[Array, ""]]:
-        """The state with new inverses, of all blocks or of some; and whether any failed."""
+        """The state with new inverses, of all blocks or of some, if they are wanted; and whether any failed."""
         curvature, eigendecomposition = state.curvature, state.eigendecomposition
         if eigendecomposition is None:
-            curvature, failed = self.estimator.refresh_finite(curvature, parameters, damping, only)
+            curvature, failed = self.estimator.refresh_finite(curvature, parameters, damping, only, is_wanted)
         else:
             new = self.estimator.decompose(curvature, parameters)
             known = self.estimator.weight(curvature) > 0
-            spectra, failed = keep_finite(new.spectra, eigendecomposition.spectra, known)
+            spectra, failed = keep_finite(new.spectra, eigendecomposition.spectra, known, is_wanted)
             eigendecomposition = eqx.tree_at(lambda e: e.spectra, new, spectra)
         return PreconditionerState(curvature, eigendecomposition, failed), failed
 
@@ -238,7 +238,7 @@ class Preconditioner(eqx.Module):
             least = totals.index(min(totals))
             groups[least].append(key)
             totals[least] += costs[key]
-        return [tuple(group) for group in groups]
+        return [tuple(group) for group in groups if group]
 
 
 def _immovable(shapes: Eigendecomposition) -> Eigendecomposition:
@@ -253,16 +253,3 @@ def is_due(step: Counter, period: int) -> Bool[Array, ""] | bool:
 def check_period(name: str, period: Any) -> None:
     if isinstance(period, bool) or not isinstance(period, int) or period < 1:
         raise ValueError(f"`{name}` must be a whole number, at least 1, got {period!r}.")
-
-
-def _switch(index: Array, branches: list) -> Any:
-    """`jax.lax.switch` between functions without arguments; what is no array must be the same."""
-    rest = []
-
-    def arrays(branch):
-        dynamic, static = eqx.partition(branch(), eqx.is_array)
-        rest.append(static)
-        return dynamic
-
-    dynamic = jax.lax.switch(index, [lambda branch=branch: arrays(branch) for branch in branches])
-    return eqx.combine(dynamic, rest[0])

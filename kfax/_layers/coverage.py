@@ -74,8 +74,17 @@ class Coverage:
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
         rule = "-" * len(text[0])
         mixing = ", ".join(f"`{row.path}`" for row in self.rows if row.layer == TaggedBatchNorm.__name__)
-        note = [f"Examples see each other by {mixing}: blocks leave out what is between them."] if mixing else []
-        return "\n".join(line.rstrip() for line in [text[0], rule, *text[1:-1], rule, text[-1], *note])
+        notes = [f"Examples see each other by {mixing}: blocks leave out what is between them."] if mixing else []
+        number = sum(row.num_bytes > 0 for row in self.rows)
+        if number > _MANY:
+            notes.append(
+                f"Each of {number} blocks adds to the time to compile a step. Equal layers are compiled once if they "
+                "are stacked and run by `jax.lax.scan`."
+            )
+        return "\n".join(line.rstrip() for line in [text[0], rule, *text[1:-1], rule, text[-1], *notes])
+
+
+_MANY = 30
 
 
 def coverage(model: Model, *, frozen: Where | None = None) -> Coverage:

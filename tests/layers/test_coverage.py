@@ -74,3 +74,11 @@ def test_coverage_shows_what_is_tied():
     assert embedding.block == "KroneckerSum(Expand())"
     assert "tied to [0].pytree[1]" in str(kfax.coverage(model))
     assert bias.parameters == (("bias", (5,)),)
+
+
+def test_coverage_says_what_many_layers_cost_to_compile():
+    def model(depth):
+        return kfax.tag(mlp(KEYS[0], (2,) * (depth + 1)))
+
+    assert "jax.lax.scan" not in str(kfax.coverage(model(30)))
+    assert "Each of 31 blocks adds to the time to compile" in str(kfax.coverage(model(31)))

@@ -7,8 +7,9 @@ Every method runs in a process of its own, for each repetition a new one; they l
 steps each, while the others wait. A step is timed until its parameters are there. With everything adaptive: learning
 rate, momentum and damping from the quadratic model; the inverse and the damping every 5 steps. `start` is `init` with
 the first six steps less the median of later ones, that is with the compilation of all programs. `limit` is the matrix
-products and factorizations of such a step by themselves, for the workloads of dense layers. Results are in
-`benchmarks/results/speed.json`; the table is of medians over repetitions.
+products and factorizations of such a step by themselves, for the workloads of dense layers. Runs on whatever device JAX
+finds, and then peak memory is the device's. Results are in `benchmarks/results/speed.json`, beside a plot of them; the
+table is of medians over repetitions.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import time
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax  # noqa: E402
-from speed_methods import Dense, METHODS, PERIOD, WORKLOADS  # noqa: E402
+from speed_methods import Dense, METHODS, PERIOD, Transformer, WORKLOADS  # noqa: E402
 
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -99,6 +100,32 @@ def measure(workload, pythons):
     return rows
 
 
+def applies(method, workload):
+    """Whether a method is written for a workload."""
+    if method == "limit":
+        return isinstance(workload, Dense)
+    return method != "kfac-jax" or not isinstance(workload, Transformer)
+
+
+def plot(found, path):
+    """Start, mean step and memory of each method, a row of panels for each workload."""
+    from matplotlib.figure import Figure
+
+    columns = (("start", "seconds to the first step", 1), ("mean", "ms a step, mean", 1e3), ("peak", "peak MB", 1e-6))
+    figure = Figure(figsize=(11, 1.9 * len(found)), layout="constrained")
+    panels = figure.subplots(len(found), len(columns), squeeze=False)
+    for row, (workload, methods) in zip(panels, found.items(), strict=True):
+        for panel, (name, title, unit) in zip(row, columns, strict=True):
+            values = [unit * each[name] for each in methods.values()]
+            bars = panel.barh(list(methods), values, color=["C0" if "kfax" in name else "C7" for name in methods])
+            panel.bar_label(bars, fmt="{:.3g}", padding=2)
+            panel.margins(x=0.2)
+            panel.invert_yaxis()
+            panel.set_title(f"{workload}: {title}", fontsize="medium")
+            panel.label_outer()
+    figure.savefig(path)
+
+
 def main(options):
     path = RESULTS / "speed.json"
     RESULTS.mkdir(exist_ok=True)
@@ -107,7 +134,7 @@ def main(options):
     print("|---|---|---:|---:|---:|---:|---:|")
     for workload in options.workloads or WORKLOADS:
         pythons = {name: options.kfac_jax if name == "kfac-jax" else sys.executable for name in options.methods}
-        pythons = {n: p for n, p in pythons.items() if p and (n != "limit" or isinstance(WORKLOADS[workload], Dense))}
+        pythons = {name: python for name, python in pythons.items() if python and applies(name, WORKLOADS[workload])}
         runs = [measure(workload, pythons) for _ in range(options.repetitions)]
         medians = {n: {k: statistics.median(run[n][k] for run in runs) for k in runs[0][n]} for n in pythons}
         found[workload] = found.get(workload, {}) | medians
@@ -115,6 +142,7 @@ def main(options):
             cells = f"{row['init']:.1f} | {row['start']:.1f} | {1e3 * row['median']:.0f} | {1e3 * row['mean']:.0f}"
             print(f"| {workload} | {name} | {cells} | {row['peak'] / 1e6:.0f} |", flush=True)
     path.write_text(json.dumps(found, indent=1))
+    plot(found, path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -57,15 +57,72 @@ class Images:
         return jnp.asarray(images, jnp.float32), jnp.asarray(rng.integers(0, self.classes, self.examples))
 
 
+class Transformer:
+    """Pre-norm blocks with causal attention, in a stack that is scanned with `jax.checkpoint`, on random tokens."""
+
+    depth, width, heads, tokens, examples, positions = 12, 128, 4, 64, 16, 64
+
+    def batch(self):
+        ids = np.random.default_rng(1).integers(0, self.tokens, (self.examples, self.positions + 1))
+        return jnp.asarray(ids[:, :-1]), jnp.asarray(ids[:, 1:])
+
+
 WORKLOADS = {
     "autoencoder": Dense((784, 1000, 500, 250, 30, 250, 500, 1000, 784), 500),
     "tokens": Dense((256, 1024, 256, 1024, 256, 64), 16, 64, blocks=2),
     "convnet": Images(),
+    "transformer": Transformer(),
 }
+
+
+def transformer(workload):
+    import equinox as eqx
+
+    class Block(eqx.Module):
+        norms: list
+        attention: eqx.nn.MultiheadAttention
+        up: eqx.nn.Linear
+        down: eqx.nn.Linear
+
+        def __init__(self, key):
+            keys, width = jax.random.split(key, 3), workload.width
+            self.norms = [eqx.nn.LayerNorm(width), eqx.nn.LayerNorm(width)]
+            self.attention = eqx.nn.MultiheadAttention(workload.heads, width, key=keys[0])
+            self.up = eqx.nn.Linear(width, 4 * width, key=keys[1])
+            self.down = eqx.nn.Linear(4 * width, width, key=keys[2])
+
+        def __call__(self, x):
+            h = jax.vmap(self.norms[0])(x)
+            x = x + self.attention(h, h, h, mask=jnp.tril(jnp.ones((len(x), len(x)), bool)))
+            return x + jax.vmap(lambda h: self.down(jax.nn.gelu(self.up(h))))(jax.vmap(self.norms[1])(x))
+
+    class Net(eqx.Module):
+        embedding: eqx.nn.Embedding
+        blocks: Block
+        norm: eqx.nn.LayerNorm
+        head: eqx.nn.Linear
+
+        def __init__(self, key):
+            keys = jax.random.split(key, 3)
+            self.embedding = eqx.nn.Embedding(workload.tokens, workload.width, key=keys[0])
+            self.blocks = eqx.filter_vmap(Block)(jax.random.split(keys[1], workload.depth))
+            self.norm = eqx.nn.LayerNorm(workload.width)
+            self.head = eqx.nn.Linear(workload.width, workload.tokens, key=keys[2])
+
+        def __call__(self, ids):
+            arrays, rest = eqx.partition(self.blocks, eqx.is_array)
+            run = jax.checkpoint(lambda x, block: (eqx.combine(block, rest)(x), None))
+            x, _ = jax.lax.scan(run, jax.vmap(self.embedding)(ids), arrays)
+            return jax.vmap(self.head)(jax.vmap(self.norm)(x))
+
+    return Net(jax.random.key(0))
 
 
 def equinox_model(workload):
     import equinox as eqx
+
+    if isinstance(workload, Transformer):
+        return transformer(workload)
 
     def linear(w, b):
         layer = eqx.filter_eval_shape(eqx.nn.Linear, *w.shape, key=jax.random.key(0))
@@ -103,8 +160,8 @@ def equinox_model(workload):
 
 def outputs_of(workload, model, batch):
     inputs = batch if isinstance(batch, jax.Array) else batch[0]
-    function = jax.vmap(model) if getattr(workload, "positions", 1) == 1 else jax.vmap(jax.vmap(model))
-    return function(inputs)
+    by_position = isinstance(workload, Dense) and workload.blocks
+    return jax.vmap(jax.vmap(model) if by_position else model)(inputs)
 
 
 def kfax_loss(workload):

@@ -314,25 +314,25 @@ class Optimizer(eqx.Module):
         """Runs the batch, and takes its curvature into the state if due, wanted and finite; and whether it is not."""
         estimator, curvature = self.estimator, state.curvature
         for_anyone = due if due is True else anywhere(due)
-
-        def measure(linearization, key, measured):
-            if measured is None:
-                new = lambda: estimator.measure(linearization, key)  # noqa: E731
-                return cond(for_anyone, new, lambda: estimator.nothing(curvature))
-            more = lambda: estimator.add(measured, estimator.measure(linearization, key))  # noqa: E731
-            return cond(for_anyone, more, lambda: measured)
-
         arguments = (problem, self.l2, self.micro_batches, key)
-        if self.preconditioner.batch is None:
-            start = None if self.micro_batches == 1 else estimator.nothing(curvature)
-            objective, measured = objective_on(*arguments, estimator.linearize, measure, start)
-        else:
-            objective, _ = objective_on(*arguments, linearize, lambda linearization, key, measured: None, None)
+        # What is measured is a function, so that nothing has to stand for it where it is not due.
+        if self.preconditioner.batch is not None:
             part = problem_with(problem, self.preconditioner.part_of(problem.batch, state.step))
-            new = lambda: estimator.measure(estimator.linearize(part), key)  # noqa: E731
-            measured = cond(for_anyone, new, lambda: estimator.nothing(curvature))
+            objective, _ = objective_on(*arguments, linearize, lambda linearization, key, measured: None, None)
+            measured = lambda: estimator.measure(estimator.linearize(part), key)  # noqa: E731
+        elif self.micro_batches == 1:
+            later = lambda linearization, key, _: lambda: estimator.measure(linearization, key)  # noqa: E731
+            objective, measured = objective_on(*arguments, estimator.linearize, later, None)
+        else:
+
+            def add(linearization, key, total):
+                more = lambda: estimator.add(total, estimator.measure(linearization, key))  # noqa: E731
+                return cond(for_anyone, more, lambda: total)
+
+            objective, total = objective_on(*arguments, estimator.linearize, add, estimator.nothing(curvature))
+            measured = lambda: total  # noqa: E731
         is_good = objective.is_good & is_wanted & due
-        fold = lambda: self.preconditioner.fold(state.preconditioner, measured, is_good)  # noqa: E731
+        fold = lambda: self.preconditioner.fold(state.preconditioner, measured(), is_good)  # noqa: E731
         preconditioner, failed = cond(for_anyone, fold, lambda: (state.preconditioner, jnp.zeros((), bool)))
         return objective, eqx.tree_at(lambda s: s.preconditioner, state, preconditioner), failed
 

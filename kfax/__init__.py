@@ -45,6 +45,7 @@ from ._estimators import (
     Hessian as Hessian,
     ImplicitExactCurvature as ImplicitExactCurvature,
     ImplicitExactState as ImplicitExactState,
+    Placement as Placement,
     SampledFisher as SampledFisher,
 )
 from ._layers import (

@@ -20,8 +20,8 @@ VARIANTS = {
     "optax_chain": [[]],
     "preconditioned_cg": [[]],
 }
-# These are run by tests of their own.
-OTHERS = ("resume",)
+# These are run by a test of its own, and by `.ci/processes`.
+OTHERS = ("resume", "multi_host")
 # What is printed, if not a comparison of optimizers.
 PRINTED = {
     "curvature_spectrum": ("K-FAC", "exact GGN", "full blocks", "trace"),

@@ -14,6 +14,7 @@ from .implicit_exact import (
     ImplicitExactCurvature as ImplicitExactCurvature,
     ImplicitExactState as ImplicitExactState,
 )
+from .placement import Placement as Placement
 from .products import Hessian as Hessian
 from .sources import (
     check_deterministic as check_deterministic,

@@ -28,7 +28,9 @@ from .base import (
 from .block_curvature import BlockCurvature
 from .damping import damping_by_key, damping_by_parameter
 from .eigendecomposition import BlockEigendecomposition
+from .placement import Placement
 from .products import block_shapes, blocks_of, BlockShapes, VECTORS
+from .refresh import factorize, inverses_of, placed_inverses_of
 from .sources import column, CurvaturePropagation, CurvatureSource
 
 
@@ -62,6 +64,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
     source: CurvatureSource
     decay: Scalar
     example_axis: str | None = eqx.field(static=True)
+    placement: Placement | None
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         *,
         decay: ArrayLike = 0.95,
         example_axis: str | None = None,
+        placement: Placement | None = None,
     ):
         """**Arguments:**
 
@@ -76,12 +80,17 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         - `decay`: ε of the running average over updates, in (0, 1]; 1 is the plain mean.
         - `example_axis`: the `axis_name` of the `jax.vmap` over examples in `loss_fn`. Without it, the outermost
             mapped axis around a layer is taken to enumerate the examples.
+        - `placement`: which devices of a mesh compute which inverses, [`kfax.Placement`][]`(mesh)` for instance; all of
+            them all inverses, if not given.
 
-        **Raises:** `ValueError` for a decay outside (0, 1].
+        **Raises:** `ValueError` for a decay outside (0, 1], or a placement that is none.
         """
         self.source = check_source(source)
         self.decay = within_unit("decay", decay)
         self.example_axis = example_axis
+        if not (placement is None or isinstance(placement, Placement)):
+            raise ValueError(f"`placement` must be a `kfax.Placement(mesh)` or `None`, got {placement!r}.")
+        self.placement = placement
 
     def init(self, model: Model, *, frozen: Where | None = None) -> BlockDiagonalState:
         parameters, _ = split_parameters(model, frozen)
@@ -145,12 +154,11 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         values, refreshed = state.average.value, dict(state.inverses)
         if only is not None:
             found = {key: found[key] for key in only}
-        for function, diagonalizes in ((linalg.psd_inverse, False), (linalg.eigh, True)):
-            chosen = {k: p for k, p in found.items() if p.block.diagonalizes is diagonalizes}
-            matrices = {k: p.block.matrices(p.operation.shape(), values[k], dampings[k]) for k, p in chosen.items()}
-            results = _factorize(function, matrices)
-            for k, part in chosen.items():
-                refreshed[k] = part.block.refresh(part.operation.shape(), values[k], dampings[k], results[k])
+        kinds = {key: (part.block, part.operation.shape()) for key, part in found.items()}
+        if self.placement is None:
+            refreshed |= inverses_of(kinds, values, dampings)
+        else:
+            refreshed |= placed_inverses_of(self.placement, kinds, values, dampings)
         return BlockDiagonalState(state.average, refreshed, state.shapes)
 
     def blocks(self, state: BlockDiagonalState, parameters: Parameters) -> dict[str, BlockCurvature]:
@@ -209,7 +217,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
     def decompose(self, state: BlockDiagonalState, parameters: Parameters) -> BlockEigendecomposition:
         found, values = blocks_of(parameters, state.shapes), state.average.value
         factors = {key: part.block.factors(part.operation.shape(), values[key]) for key, part in found.items()}
-        pairs = _factorize(linalg.eigh, factors)
+        pairs = factorize(linalg.eigh, factors)
         spectra = {
             key: part.block.spectrum(part.operation.shape(), values[key], pairs[key]) for key, part in found.items()
         }
@@ -314,13 +322,6 @@ def _by_key(
     """The parts of the parameters, and a damping for each."""
     found = blocks_of(parameters, state.shapes)
     return found, damping_by_key(tuple(found), damping)
-
-
-def _factorize(function: Callable, matrices: Mapping[str, tuple]) -> dict[str, tuple]:
-    """Applies a factorization to all matrices at once."""
-    flat = [matrix for several in matrices.values() for matrix in several]
-    results = iter(linalg.by_size(function, flat))
-    return {key: tuple(next(results) for _ in several) for key, several in matrices.items()}
 
 
 def _by_part(function: Callable, state: BlockDiagonalState, vector: Parameters) -> Parameters:

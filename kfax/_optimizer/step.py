@@ -84,6 +84,17 @@ class ProposedStep(eqx.Module):
     after: Scalar
     ratio: Scalar
 
+    def taken(self, accepted: Bool[Array, ""], keeps_velocity: Bool[Array, ""]) -> tuple[Parameters, Parameters]:
+        """The update and the velocity after it, if it is accepted; or else zeros, and the old velocity or zeros.
+
+        What is not taken has coefficients of zero: a choice between arrays compiles to several loops.
+        """
+        directions = finite_or_zero(self.directions)
+        learning_rate, momentum = (jnp.where(accepted, each, 0) for each in self.coefficients)
+        kept = ~accepted & keeps_velocity
+        update = combine((learning_rate, momentum), directions)
+        return update, combine((learning_rate, momentum + kept), directions)
+
 
 class StepRules(eqx.Module):
     """How the optimizer chooses a step, and whether it takes it."""
@@ -208,12 +219,7 @@ class StepRules(eqx.Module):
         undone = is_good & ~accepted
         # A velocity that led nowhere, and not for the first time, is what may have to go.
         again = ~is_finite | state.was_undone | (self.rejection is None)
-        old, directions = objective.problem.parameters, finite_or_zero(proposed.directions)
-        # What is not taken has coefficients of zero: a choice between arrays compiles to several loops.
-        learning_rate, momentum = (jnp.where(accepted, each, 0) for each in proposed.coefficients)
-        update = combine((learning_rate, momentum), directions)
-        kept = ~(accepted | (undone & again))
-        velocity = combine((learning_rate, momentum + kept), directions)
+        update, velocity = proposed.taken(accepted, keeps_velocity=~(undone & again))
         stale = proposed.preconditioner.is_stale | undone
         adjusted = self.adjusted(state.damping, proposed, self.rule.wants_ratio(state.step), undone)
         new_state = OptimizerState(
@@ -225,7 +231,7 @@ class StepRules(eqx.Module):
         )
         vectors = (objective.problem.parameters, objective.gradient, proposed.directions[0])
         return (
-            combine((1, 1), (old, update)),
+            combine((1, 1), (objective.problem.parameters, update)),
             new_state,
             StepInfo(
                 step=state.step,

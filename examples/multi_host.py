@@ -64,7 +64,7 @@ def on_all(tree, mesh):
 def train(options):
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     by_example = NamedSharding(mesh, PartitionSpec("data"))
-    images = load_digits().data / 16
+    images = load_digits(return_X_y=True)[0] / 16
     size = options.batch // jax.process_count()
     mine = slice(size * jax.process_index(), size * (jax.process_index() + 1))
     dtype = jnp.result_type(float)
@@ -105,8 +105,13 @@ def main(arguments=None):
         sys.exit(start(options))
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     jax.config.update("jax_num_cpu_devices", options.devices)
-    timeouts = {"initialization_timeout": TIMEOUT, "heartbeat_timeout_seconds": TIMEOUT}
-    jax.distributed.initialize(options.address, options.processes, options.rank, **timeouts)
+    jax.distributed.initialize(
+        options.address,
+        options.processes,
+        options.rank,
+        initialization_timeout=TIMEOUT,
+        heartbeat_timeout_seconds=TIMEOUT,
+    )
     train(options)
 
 

@@ -45,6 +45,8 @@ from ._estimators import (
     Hessian as Hessian,
     ImplicitExactCurvature as ImplicitExactCurvature,
     ImplicitExactState as ImplicitExactState,
+    PlacedCurvature as PlacedCurvature,
+    PlacedState as PlacedState,
     Placement as Placement,
     SampledFisher as SampledFisher,
 )

@@ -14,6 +14,7 @@ from .implicit_exact import (
     ImplicitExactCurvature as ImplicitExactCurvature,
     ImplicitExactState as ImplicitExactState,
 )
+from .placed import PlacedCurvature as PlacedCurvature, PlacedState as PlacedState
 from .placement import Placement as Placement
 from .products import Hessian as Hessian
 from .sources import (

@@ -1,16 +1,50 @@
-"""The work of a refresh shared out among devices."""
+"""Work shared out among devices, and what each of them keeps of it."""
 
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Shaped
+
+from .._math.mesh import Sharded
+from .._math.types import PyTree
+
+
+Groups: TypeAlias = tuple[tuple[Any, ...], ...]
+
+
+class Kept(Sharded):
+    """What devices keep, each the results for its own keys: a row of numbers for each device, sharded over them.
+
+    **Fields:**
+
+    - `rows`: the numbers.
+    - `groups`: the keys of each device; the last one stands for all others as well.
+    - `likes`: for each of these groups the structure, the shapes and the dtypes of its dictionary of results.
+    - `axes`: of the mesh, over which rows are sharded.
+    """
+
+    rows: Shaped[Array, "devices numbers"]
+    groups: Groups = eqx.field(static=True)
+    likes: tuple[tuple[Any, tuple[jax.ShapeDtypeStruct, ...]], ...] = eqx.field(static=True)
+    axes: tuple[str, ...] = eqx.field(static=True)
+
+    @property
+    def spec(self) -> PartitionSpec:
+        return PartitionSpec(self.axes)
+
+    def of_group(self, index: int, row: Shaped[Array, " numbers"]) -> dict:
+        """The dictionary that a row is of, on a device of this group."""
+        structure, leaves = self.likes[index]
+        pieces = jnp.split(row, np.cumsum([leaf.size for leaf in leaves]))
+        arrays = [x.reshape(leaf.shape).astype(leaf.dtype) for x, leaf in zip(pieces, leaves, strict=False)]
+        return jax.tree.unflatten(structure, arrays)
 
 
 class Placement(eqx.Module):
@@ -18,7 +52,8 @@ class Placement(eqx.Module):
 
     Blocks go to devices by their cost, the costliest first, each to the device with the least to do so far. A stack of
     layers is split into as many parts as there are devices. What is sent, once in every refresh, are the inverses, in
-    one all-gather. Without a placement every device inverts every block, and nothing is sent.
+    one all-gather. Without a placement every device inverts every block, and nothing is sent. For inverses that stay
+    where they are see [`kfax.PlacedCurvature`][].
 
     ??? cite "Source"
         Osawa et al. 2019, arXiv:1811.12019, section 3 (factors inverted in parallel); Pauloski et al. 2021,
@@ -37,9 +72,7 @@ class Placement(eqx.Module):
         **Raises:** `ValueError` for an axis that the mesh does not have.
         """
         if not isinstance(mesh, Mesh):
-            raise ValueError(
-                f"`mesh` must be a mesh of devices, such as `jax.make_mesh((4,), ('data',))`, got {mesh!r}."
-            )
+            raise ValueError(f"`mesh` must be a mesh of devices, such as `jax.make_mesh((4,), 'data')`, got {mesh!r}.")
         self.mesh = mesh
         self.axes = (axes,) if isinstance(axes, str) else tuple(axes)
         missing = [name for name in self.axes if name not in mesh.axis_names]
@@ -51,65 +84,79 @@ class Placement(eqx.Module):
         """How many devices share the work."""
         return math.prod(self.mesh.shape[name] for name in self.axes)
 
-    def groups(self, costs: Mapping[Any, int]) -> list[list[Any]]:
-        """What each device has to do, given what everything costs."""
+    def groups(self, costs: Mapping[Any, int]) -> Groups:
+        """What each device has to do, given what everything costs; one group stands for all without work."""
         found, totals = [[] for _ in range(self.num_devices)], [0] * self.num_devices
         for key in sorted(costs, key=lambda key: -costs[key]):  # of equal ones the first to come
             least = totals.index(min(totals))
             found[least].append(key)
             totals[least] += costs[key]
-        return found
+        busy = [tuple(keys) for keys in found if keys]
+        return (*busy, ()) if len(busy) < len(found) else tuple(busy)
 
-    def run(self, function: Callable[[dict], dict], costs: Mapping[Any, int], arguments: Mapping[Any, Any]) -> dict:
+    def run(
+        self,
+        function: Callable[..., tuple[dict, Bool[Array, ""] | bool]],
+        groups: Groups,
+        given: Mapping[Any, PyTree],
+        *own: Kept,
+    ) -> tuple[Kept, Bool[Array, ""]]:
         """Runs a function of dictionaries, which has a result for each key, with some of the keys on each device.
 
         **Arguments:**
 
-        - `function`: from arguments to results, by key.
-        - `costs`: of each key.
-        - `arguments`: by key, PyTrees of arrays.
+        - `function`: from dictionaries with the keys of one device, of what is given and of what it keeps, to results
+            by key, and whether something is true.
+        - `groups`: the keys of each device.
+        - `given`: by key, what all devices have.
+        - `own`: what each device keeps, of the same groups.
 
-        **Returns:** the results by key, on all devices.
+        **Returns:** what each device keeps of the results, and whether something is true on any of them.
         """
-        groups = [{key: arguments[key] for key in keys} for keys in self.groups(costs)]
-        groups = sorted(groups, key=lambda group: not group)
-        del groups[1 + sum(map(bool, groups)) :]  # one stands for all without work
-        shapes = [jax.eval_shape(function, group) for group in groups]
-        length = max(sum(leaf.size for leaf in jax.tree.leaves(each)) for each in shapes)
+
+        def results(index, given, rows):
+            mine = [kept.of_group(index, row) for kept, row in zip(own, rows, strict=True)]
+            return function({key: given[key] for key in groups[index]}, *mine)
+
+        one_row = [jax.ShapeDtypeStruct(kept.rows.shape[1:], kept.rows.dtype) for kept in own]
+        shapes = [jax.eval_shape(functools.partial(results, i), dict(given), one_row)[0] for i in range(len(groups))]
+        likes = tuple((jax.tree.structure(each), tuple(map(_like, jax.tree.leaves(each)))) for each in shapes)
+        length = max(sum(leaf.size for leaf in leaves) for _, leaves in likes)
         dtype = jnp.result_type(*jax.tree.leaves(shapes))
 
-        def row(keys, given):
-            results = function({key: given[key] for key in keys})
-            numbers = [leaf.reshape(-1).astype(dtype) for leaf in jax.tree.leaves(results)]
+        def branch(index, given, rows):
+            found, flag = results(index, given, rows)
+            numbers = [leaf.reshape(-1).astype(dtype) for leaf in jax.tree.leaves(found)]
             numbers = jnp.concatenate([*numbers, jnp.zeros(0, dtype)])
-            return jnp.pad(numbers, (0, length - numbers.size))[None]
+            return jnp.pad(numbers, (0, length - numbers.size))[None], jnp.asarray(flag)[None]
 
-        def mine(given):
-            index = jax.lax.axis_index(self.axes)  # beyond the last one, all have nothing to do
-            return jax.lax.switch(index, [functools.partial(row, tuple(group)) for group in groups], given)
+        def mine(given, rows):
+            branches = [functools.partial(branch, i) for i in range(len(groups))]
+            return jax.lax.switch(jax.lax.axis_index(self.axes), branches, given, [row[0] for row in rows])
 
-        mesh = self._mesh()
-        split = PartitionSpec(self.axes)
-        rows = jax.shard_map(mine, mesh=mesh, in_specs=PartitionSpec(), out_specs=split)(dict(arguments))
-        rows = jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, PartitionSpec()))
+        split, everywhere = PartitionSpec(self.axes), PartitionSpec()
+        # Branches differ in whether their results depend on the device, which JAX would check.
+        shard = functools.partial(jax.shard_map, mesh=self._mesh(), check_vma=False)
+        shared = shard(mine, in_specs=(everywhere, split), out_specs=split)
+        rows, flags = jax.jit(shared)(dict(given), [kept.rows for kept in own])
+        return Kept(rows, groups, likes, self.axes), jnp.any(flags)
+
+    def gather(self, kept: Kept) -> dict:
+        """What all devices keep, on all of them."""
+        everywhere = NamedSharding(self._mesh(), PartitionSpec())
+        rows = jax.lax.with_sharding_constraint(kept.rows, everywhere)
         found = {}
-        for numbers, like in zip(rows, shapes, strict=False):
-            found |= _unpack(numbers, like)
+        for index, row in enumerate(rows[: len(kept.groups)]):
+            found |= kept.of_group(index, row)
         return found
 
-    def _mesh(self) -> Any:
-        """The mesh in force, if there is one, whose axes are automatic within kfax; or else this one."""
+    def _mesh(self) -> Mesh:
+        """The mesh, its axes of the types that are in force: automatic ones within kfax."""
         current = jax.sharding.get_abstract_mesh()
-        if not current.empty:
-            return current
-        kinds = (AxisType.Auto,) * len(self.mesh.axis_names)
+        kinds = (AxisType.Auto,) * len(self.mesh.axis_names) if current.empty else current.axis_types
         return Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=kinds)
 
 
-def _unpack(numbers: Float[Array, " numbers"], like: Any) -> Any:
-    """The PyTree whose numbers these are, and maybe more of them."""
-    leaves, structure = jax.tree.flatten(like)
-    ends = np.cumsum([leaf.size for leaf in leaves])
-    pieces = jnp.split(numbers, ends)
-    arrays = [x.reshape(leaf.shape).astype(leaf.dtype) for x, leaf in zip(pieces, leaves, strict=False)]
-    return jax.tree.unflatten(structure, arrays)
+def _like(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Without what may differ between programs, such as a sharding."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from .._blocks import Block, Inverse
 from .._math import linalg
-from .._math.types import Scalar
+from .._math.types import PyTree, Scalar
 from .._operations import MatrixShape
 from .placement import Placement
 
@@ -37,44 +37,74 @@ def placed_inverses_of(
     """The same, each block on one device, and stacks of layers on several. Diagonal ones are inverted everywhere."""
     alone = {key: kind for key, kind in kinds.items() if kind[0].refresh_flops(kind[1]) <= kind[1].num_parameters}
     inverses = inverses_of(alone, statistics, dampings)
-    parts: dict[tuple[str, int], tuple[Block, MatrixShape]] = {}
-    arguments = {}
-    for key, (block, shape) in kinds.items():
-        if key in alone:
-            continue
-        for i, (start, stop) in enumerate(_ranges(shape, placement.num_devices)):
-            stack = (stop - start, *shape.stack[1:]) if shape.stack else ()
-            parts[key, i] = block, dataclasses.replace(shape, stack=stack)
-            some = statistics[key]
-            if shape.stack:
-                some = jax.tree.map(lambda x, start=start, stop=stop: x[start:stop], some)
-            arguments[key, i] = some, dampings[key]
+    pieces = pieces_of({key: kind for key, kind in kinds.items() if key not in alone}, placement.num_devices)
+    if pieces:
 
-    def run(given):
-        own = {key: parts[key] for key in given}
-        return inverses_of(own, {k: v[0] for k, v in given.items()}, {k: v[1] for k, v in given.items()})
+        def run(given):
+            statistics, dampings = ({key: pair[i] for key, pair in given.items()} for i in range(2))
+            own = {key: (pieces[key].block, pieces[key].shape) for key in given}
+            return inverses_of(own, statistics, dampings), jnp.zeros((), bool)
 
-    if parts:
-        costs = {key: block.refresh_flops(shape) for key, (block, shape) in parts.items()}
-        found = placement.run(run, costs, arguments)
-        for key in [key for key in kinds if key not in alone]:
-            pieces = [found[part] for part in parts if part[0] == key]
-            inverses[key] = jax.tree.map(_joined, *pieces)
+        given = {key: (piece.of(statistics[key[0]]), dampings[key[0]]) for key, piece in pieces.items()}
+        kept, _ = placement.run(run, placement.groups(costs_of(pieces)), given)
+        inverses |= whole(placement.gather(kept))
     return {key: inverses[key] for key in kinds}
 
 
-def _ranges(shape: MatrixShape, number: int) -> list[tuple[int, int]]:
-    """The first axis of a stack in a number of parts, as equal as possible."""
-    if not shape.stack:
-        return [(0, 1)]
-    length = shape.stack[0]
-    ends = [length * i // min(number, length) for i in range(min(number, length) + 1)]
-    return list(zip(ends[:-1], ends[1:], strict=True))
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A block, or some of the layers of one that stands for a stack.
+
+    **Fields:**
+
+    - `block`, `shape`: what it is.
+    - `layers`: which of the stack, along its first axis; `None` if there is no stack.
+    """
+
+    block: Block
+    shape: MatrixShape
+    layers: tuple[int, int] | None
+
+    def of(self, tree: PyTree) -> PyTree:
+        """The part for these layers of arrays that lead with the axis of the stack."""
+        if self.layers is None:
+            return tree
+        start, stop = self.layers
+        return jax.tree.map(lambda x: x[start:stop], tree)
 
 
-def _joined(*pieces: Any) -> Any:
-    """The parts of a stack; of a number that all layers share, such as λ, the first."""
-    return jnp.concatenate(pieces) if pieces[0].ndim else pieces[0]
+def pieces_of(kinds: Kinds, number: int) -> dict[tuple[str, int], Piece]:
+    """The blocks, and stacks of them in at most so many parts, as equal as possible, by key and number of the part."""
+    pieces = {}
+    for key, (block, shape) in kinds.items():
+        if not shape.stack:
+            pieces[key, 0] = Piece(block, shape, None)
+            continue
+        length, *others = shape.stack
+        parts = min(number, length)
+        for i in range(parts):
+            start, stop = length * i // parts, length * (i + 1) // parts
+            part = dataclasses.replace(shape, stack=(stop - start, *others))
+            pieces[key, i] = Piece(block, part, (start, stop))
+    return pieces
+
+
+def costs_of(pieces: Mapping[Any, Piece]) -> dict[Any, int]:
+    """Of a refresh of each."""
+    return {key: piece.block.refresh_flops(piece.shape) for key, piece in pieces.items()}
+
+
+def whole(pieces: Mapping[tuple[str, int], PyTree]) -> dict[str, PyTree]:
+    """What belongs to blocks, from what belongs to their parts."""
+    found: dict[str, list] = {}
+    for key, _ in sorted(pieces):
+        found.setdefault(key, [])
+        found[key].append(pieces[key, len(found[key])])
+
+    def join(first, *others):  # of a number that all layers share, such as λ, the first
+        return jnp.concatenate([first, *others]) if first.ndim and others else first
+
+    return {key: jax.tree.map(join, *parts) for key, parts in found.items()}
 
 
 def factorize(function: Callable, matrices: Mapping[Any, tuple]) -> dict[Any, tuple]:

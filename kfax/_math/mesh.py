@@ -1,5 +1,6 @@
 """Meshes with explicit axes, which `jax.make_mesh` makes by default."""
 
+import abc
 import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -16,6 +17,15 @@ from .types import ArrayTree, PyTree
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 _Tree = TypeVar("_Tree")
+
+
+class Sharded(eqx.Module):
+    """Arrays that are sharded in one way, wherever they are."""
+
+    @property
+    @abc.abstractmethod
+    def spec(self) -> PartitionSpec:
+        """In which."""
 
 
 def on_automatic_axes(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -89,6 +99,8 @@ def _shardings(arrays: ArrayTree, known: list[ArrayTree], mesh: Any) -> PyTree:
     def sharding_of(leaf):
         return NamedSharding(mesh, jax.typeof(leaf).sharding.spec)
 
+    if isinstance(arrays, Sharded):
+        return jax.tree.map(lambda _: NamedSharding(mesh, arrays.spec), arrays)
     for tree in known:
         if jax.tree.structure(tree) == jax.tree.structure(arrays) and _shapes(tree) == _shapes(arrays):
             return jax.tree.map(sharding_of, tree)

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
 from .._blocks import Spectrum, unbounded
-from .._estimators import BlockDiagonalCurvature, CurvatureEstimator, Eigendecomposition, ImplicitExactCurvature
+from .._estimators import (
+    BlockDiagonalCurvature,
+    CurvatureEstimator,
+    Eigendecomposition,
+    ImplicitExactCurvature,
+    PlacedCurvature,
+)
 from .._math.scalars import nonnegative
 from .._math.tree import anywhere, cond, keep_finite, mean, zeros_like
 from .._math.types import Counter, Model, Parameters, Scalar, Schedule, Where
@@ -101,7 +107,7 @@ class Preconditioner(eqx.Module):
                 f"`batch` must be a function of batch and count, such as `kfax.Fraction(1 / 8)`, got {batch!r}."
             )
         if isinstance(inverse_update_period, Staggered):
-            if not isinstance(estimator, BlockDiagonalCurvature) or exponent != -1:
+            if not isinstance(estimator, BlockDiagonalCurvature | PlacedCurvature) or exponent != -1:
                 raise ValueError(
                     "`kfax.Staggered` refreshes block by block, which takes `kfax.BlockDiagonalCurvature` and an "
                     "`exponent` of -1. Otherwise give `inverse_update_period` a number."
@@ -187,20 +193,14 @@ class Preconditioner(eqx.Module):
         period: int,
     ) -> tuple[PreconditionerState, Bool[Array, ""]]:
         """Everything at first and if the state is stale, and otherwise the blocks whose turn it is."""
-        inverses, failed = dict(state.curvature.inverses), jnp.zeros((), bool)
-        everything = (step == 0) | state.is_stale
+        everything, failed = (step == 0) | state.is_stale, jnp.zeros((), bool)
         for i, group in enumerate(self._groups(parameters, period)):
             due = everything | (step % period == i)
-            kept = {key: inverses[key] for key in group}, jnp.zeros((), bool)
-
-            def refresh(group=group, due=due, kept=kept):
-                new, failed = self.refresh(state, parameters, damping, group, due)
-                return {key: new.curvature.inverses[key] for key in group}, failed
-
-            mine, has_failed = cond(anywhere(due), refresh, lambda kept=kept: kept)
-            inverses, failed = inverses | mine, failed | has_failed
-        curvature = eqx.tree_at(lambda s: s.inverses, state.curvature, inverses)
-        return PreconditionerState(curvature, state.eigendecomposition, failed), failed
+            refresh = lambda s=state, g=group, due=due: self.refresh(s, parameters, damping, g, due)  # noqa: E731
+            kept = lambda s=state: (s, jnp.zeros((), bool))  # noqa: E731
+            state, has_failed = cond(anywhere(due), refresh, kept)
+            failed |= has_failed
+        return eqx.tree_at(lambda s: s.is_stale, state, failed), failed
 
     def refresh(
         self,
@@ -231,7 +231,7 @@ class Preconditioner(eqx.Module):
 
     def _groups(self, parameters: Parameters, number: int) -> list[tuple[str, ...]]:
         """The blocks in groups of about equal cost: the costliest first, each to the group with the least so far."""
-        assert isinstance(self.estimator, BlockDiagonalCurvature)
+        assert isinstance(self.estimator, BlockDiagonalCurvature | PlacedCurvature)
         costs = self.estimator.refresh_flops(parameters)
         groups, totals = [[] for _ in range(number)], [0] * number
         for key in sorted(costs, key=lambda key: (-costs[key], key)):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from jaxtyping import ArrayLike
 
-from .._estimators import BlockDiagonalCurvature, CurvatureEstimator
+from .._estimators import BlockDiagonalCurvature, CurvatureEstimator, PlacedCurvature
 from .._math.types import Schedule, Where
 from .damping import DampingRule, LevenbergMarquardt, RelativeDamping
 from .l2 import L2
@@ -66,7 +66,7 @@ def stochastic(
     damping: ArrayLike | Schedule | DampingRule | RelativeDamping = 1e-2,
     bound: ArrayLike | Schedule = 1e-3,
     l2: ArrayLike | L2 | None = None,
-    estimator: BlockDiagonalCurvature | None = None,
+    estimator: BlockDiagonalCurvature | PlacedCurvature | None = None,
     frozen: Where | None = None,
 ) -> Optimizer:
     """An optimizer for mini-batches: a learning rate to choose, best with a schedule that decays, and perhaps λ.
@@ -88,8 +88,8 @@ def stochastic(
     - `damping`: λ. This default and the next are for losses of some nats for each example, such as the cross entropy
         of a classification: multiply both by whatever your loss is multiplied by. [loss/param²]
     - `bound`: κ of the [`kfax.NormConstraint`][]. [loss]
-    - `estimator`: of the curvature; `kfax.BlockDiagonalCurvature()` if not given, and none but such, since its blocks
-        are refreshed one after the other.
+    - `estimator`: of the curvature; `kfax.BlockDiagonalCurvature()` if not given, and none but such or a
+        [`kfax.PlacedCurvature`][], since its blocks are refreshed one after the other.
 
     **Returns:** a [`kfax.Optimizer`][].
     """

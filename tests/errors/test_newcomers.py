@@ -263,6 +263,7 @@ mistakes = {
     "`source` must be a curvature source, or `kfax.Hessian()`": lambda: kfax.ImplicitExactCurvature(None),
     "`mesh` must be a mesh of devices": lambda: kfax.Placement("data"),
     "`placement` must be a `kfax.Placement(mesh)`": lambda: kfax.BlockDiagonalCurvature(placement="data"),
+    "takes a `kfax.BlockDiagonalCurvature(...)` and a `kfax.Placement(": lambda: kfax.PlacedCurvature(None, None),
     "`source` must be a curvature source, such as `kfax.ExactGGN()`": lambda: kfax.BlockDiagonalCurvature("ggn"),
     "as an array of real floating-point numbers, got float": lambda: kfax.squared_error(1.0, 2.0),
     "`rule` must be a function": lambda: kfax.default_registry.register(eqx.nn.Linear, kfax.Full()),
@@ -288,4 +289,4 @@ def test_objects_of_the_wrong_type():
     """In a process of its own, without the run-time type checker, as a user has it."""
     result = subprocess.run([sys.executable, "-W", "error", "-c", MISTAKES], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "24 mistakes\n"
+    assert result.stdout == "25 mistakes\n"

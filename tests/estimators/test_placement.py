@@ -55,34 +55,84 @@ def on_mesh(tree, mesh, *spec):
     return eqx.combine(jax.device_put(arrays, NamedSharding(mesh, PartitionSpec(*spec))), rest)
 
 
-def refreshed(mesh, placement, block=None):
+def everywhere(mesh, names="data"):
+    return kfax.BlockDiagonalCurvature(placement=kfax.Placement(mesh, names))
+
+
+def placed(mesh, names="data"):
+    return kfax.PlacedCurvature(kfax.BlockDiagonalCurvature(), kfax.Placement(mesh, names))
+
+
+def refreshed(mesh, estimator, block=None):
     """The inverses of the network's curvature, with its batch on a mesh."""
     model = on_mesh(kfax.tag(Net()) if block is None else kfax.tag(Net(), block=block), mesh)
-    estimator = kfax.BlockDiagonalCurvature(placement=placement)
     update = lambda *args: estimator.update(*args, key=KEYS[5])  # noqa: E731
     state = eqx.filter_jit(update)(estimator.init(model), loss_fn, model, on_mesh(BATCH, mesh, "data"))
     return estimator, eqx.filter_jit(estimator.refresh)(state, parameters(model), 0.1), parameters(model)
 
 
-@pytest.mark.parametrize("block", [None, kfax.KroneckerFactored(inversion=kfax.Eigh()), kfax.Full()])
+BLOCKS = {"own": None, "diagonalized": kfax.KroneckerFactored(inversion=kfax.Eigh()), "full": kfax.Full()}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
 def test_inverses_are_those_of_one_device(block):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-    _, alone, _ = refreshed(mesh, None, block)
-    estimator, shared, vector = refreshed(mesh, kfax.Placement(mesh), block)
+    estimator, alone, vector = refreshed(mesh, kfax.BlockDiagonalCurvature(), BLOCKS[block])
+    _, shared, _ = refreshed(mesh, everywhere(mesh), BLOCKS[block])
     assert jax.tree.structure(shared) == jax.tree.structure(alone)
     assert_close(estimator.solve(shared, vector), estimator.solve(alone, vector), tolerance=1e-12)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(shared.inverses))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("number", [2, 4])
-def test_training_is_that_of_one_device(number, kind):
-    """Also over some axes of a mesh only, and with blocks that have their turns."""
+@pytest.mark.parametrize("block", BLOCKS)
+def test_what_is_kept_in_parts_is_the_same_curvature(block):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    whole, alone, vector = refreshed(mesh, kfax.BlockDiagonalCurvature(), BLOCKS[block])
+    estimator, parts, _ = refreshed(mesh, placed(mesh), BLOCKS[block])
+    for rows in (parts.average.value.rows, parts.inverses.rows):
+        assert [shard.data.shape[0] for shard in rows.addressable_shards] == [1] * 4
+    close = functools.partial(assert_close, tolerance=1e-12)
+    for name in ("solve", "multiply", "diagonal", "to_dense"):
+        close(getattr(estimator, name)(parts, vector), getattr(whole, name)(alone, vector))
+    close(estimator.power(parts, vector, -0.5, 0.1), whole.power(alone, vector, -0.5, 0.1))
+    close(jnp.sort(estimator.eigenvalues(parts, vector)), jnp.sort(whole.eigenvalues(alone, vector)))
+    close(estimator.as_operator(parts, vector, 0.1).mv(vector), whole.as_operator(alone, vector, 0.1).mv(vector))
+    close(estimator.as_preconditioner(parts, vector).mv(vector), whole.solve(alone, vector))
+    key = ".stack"
+    close(estimator.blocks(parts, vector)[key].to_dense(), whole.blocks(alone, vector)[key].to_dense())
+    found = estimator.solve(estimator.redamp(parts, vector, 0.3), vector)
+    close(found, whole.solve(whole.redamp(alone, vector, 0.3), vector))
+
+
+def test_two_batches_and_one_that_is_not_finite():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    model, vector = on_mesh(kfax.tag(Net()), mesh), None
+    inputs, labels = BATCH
+    results = []
+    for estimator in (kfax.BlockDiagonalCurvature(), placed(mesh)):
+        turns = kfax.Preconditioner(estimator, inverse_update_period=2)
+        optimizer = kfax.Optimizer(
+            loss_fn, learning_rate=0.1, momentum=0.5, damping=0.1, preconditioner=turns, micro_batches=2
+        )
+        state, step = optimizer.init(model, on_mesh(BATCH, mesh, "data")), eqx.filter_jit(optimizer.step)
+        trained = model
+        for i in range(4):
+            batch = (inputs * jnp.nan, labels) if i == 2 else (inputs + i, labels)
+            trained, state, info = step(trained, state, on_mesh(batch, mesh, "data"), key=jax.random.key(i))
+            assert (info.result == kfax.StepResult.non_finite_batch) == (i == 2)
+        vector = parameters(trained)
+        results.append((vector, estimator.diagonal(state.curvature, vector)))
+    assert_close(results[1], results[0], tolerance=1e-12)
+
+
+@pytest.mark.parametrize("make", [everywhere, placed])
+@pytest.mark.parametrize(("number", "kind"), [(2, "automatic"), (4, "explicit")])
+def test_training_is_that_of_one_device(number, kind, make):
+    """Also over several axes of a mesh, and with blocks that have their turns."""
     shape, names = ((2,), ("data",)) if number == 2 else ((2, 2), ("data", "more"))
     mesh = jax.make_mesh(shape, names, axis_types=(KINDS[kind],) * len(names))
 
-    def run(placement, put):
-        estimator = kfax.BlockDiagonalCurvature(placement=placement)
+    def run(estimator, put):
         turns = kfax.Preconditioner(estimator, inverse_update_period=kfax.Staggered(2))
         optimizer = kfax.Optimizer(loss_fn, learning_rate=0.3, momentum=0.5, damping=0.1, preconditioner=turns)
         model, batch = put(kfax.tag(Net())), put(BATCH, "data")
@@ -91,15 +141,16 @@ def test_training_is_that_of_one_device(number, kind):
         for i in range(30):
             model, state, info = step(model, state, batch, key=jax.random.key(i))
             losses.append(float(info.loss))
-            for leaf in jax.tree.leaves(eqx.filter((model, state), eqx.is_array)):
+            arrays = jax.tree.leaves(eqx.filter((model, state), eqx.is_array))
+            for leaf in [leaf for leaf in arrays if leaf.sharding.is_fully_replicated]:
                 copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
                 assert all(np.array_equal(copies[0], copy) for copy in copies)  # to the last bit
         assert losses[-1] < losses[0] / 2
         return [np.asarray(leaf) for leaf in (losses, *jax.tree.leaves(parameters(model)))]
 
     with jax.set_mesh(mesh) if kind == "explicit" else contextlib.nullcontext():
-        placed = run(kfax.Placement(mesh, names), functools.partial(_put, mesh))
-    assert_close(placed, run(None, lambda tree, *spec: tree), tolerance=1e-10)
+        found = run(make(mesh, names), functools.partial(_put, mesh))
+    assert_close(found, run(kfax.BlockDiagonalCurvature(), lambda tree, *spec: tree), tolerance=1e-10)
 
 
 def _put(mesh, tree, *spec):
@@ -107,34 +158,41 @@ def _put(mesh, tree, *spec):
 
 
 def test_each_device_factorizes_its_share():
-    """Counted from the operands of the factorizations in the compiled program."""
+    """Counted from the operands of the factorizations in the compiled program; and what is sent."""
     sizes = (6, 9, 6, 9, 6, 9, 6, 9, 6)
     keys = jax.random.split(KEYS[0], len(sizes))
     layers = [eqx.nn.Linear(m, n, use_bias=False, key=k) for m, n, k in zip(sizes[:-1], sizes[1:], keys, strict=False)]
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     model = on_mesh(kfax.tag(eqx.nn.Sequential(layers)), mesh)
 
-    def factorized(placement):
+    def compiled(estimator, method, *arguments):
+        state = estimator.init(model)
+        state = on_mesh(state, mesh) if isinstance(state, kfax.BlockDiagonalState) else state
+        function = jax.jit(lambda state, p: getattr(estimator, method)(state, p, *arguments))
+        return function.lower(state, parameters(model)).compile().as_text()
+
+    def factorized(text):
         """The cubes of the sizes of matrices that are decomposed, by the computation that decomposes them."""
-        estimator = kfax.BlockDiagonalCurvature(placement=placement)
-        state = on_mesh(estimator.init(model), mesh)
-        refresh = jax.jit(lambda state, p: estimator.refresh(state, p, 0.1))
-        text = refresh.lower(state, parameters(model)).compile().as_text()
-        found = {}
+        found = []
         for computation in re.split(r"\n(?=%|ENTRY)", text):
             matrices = re.findall(r"f64\[(?:1,)?(\d+),\1\]\S*(?:, \S+)*\) custom-call\(.*lapack_dpotrf", computation)
-            if matrices:
-                found[computation.split(" ", 1)[0]] = sum(int(size) ** 3 for size in matrices)
-        return sorted(found.values()), text
+            found += [sum(int(size) ** 3 for size in matrices)] if matrices else []
+        return found
 
-    [everything], alone = factorized(None)
-    shares, shared = factorized(kfax.Placement(mesh))
-    assert everything == 8 * (6**3 + 9**3)
-    assert shares == [everything // 4] * 4
-    # What is sent is sent at once: every inverse, and nothing else.
-    assert "all-gather" not in alone
-    gathered = re.findall(r"f64\[(\d+),(\d+)\]\S* all-gather\(", shared)
-    assert [tuple(map(int, each)) for each in gathered] == [(4, 2 * (6**2 + 9**2))]
+    def sent(text):
+        assert not re.search(r" (all-reduce|reduce-scatter|all-to-all|collective-permute)\(", text)
+        return [tuple(map(int, each)) for each in re.findall(r"f64\[(\d+),(\d+)\]\S* all-gather\(", text)]
+
+    alone = compiled(kfax.BlockDiagonalCurvature(), "refresh", 0.1)
+    everything = 8 * (6**3 + 9**3)
+    assert factorized(alone) == [everything] and sent(alone) == []
+    shared = compiled(everywhere(mesh), "refresh", 0.1)
+    # All inverses are sent, at once.
+    assert factorized(shared) == [everything // 4] * 4 and sent(shared) == [(4, 2 * (6**2 + 9**2))]
+    parts = compiled(placed(mesh), "refresh", 0.1)
+    assert factorized(parts) == [everything // 4] * 4 and sent(parts) == []
+    # Only what was multiplied is sent, not what it was multiplied by.
+    assert sent(compiled(placed(mesh), "solve")) == [(4, 2 * 6 * 9)]
 
 
 def test_an_axis_that_the_mesh_lacks():

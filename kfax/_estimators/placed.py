@@ -15,7 +15,7 @@ from .._capture import Linearization, Problem
 from .._layers import from_matrices, parts, split_parameters, to_matrices
 from .._math.moving_average import MovingAverage
 from .._math.tree import all_finite, keep_finite, select
-from .._math.types import Model, Parameters, PRNGKey, PyTree, Scalar, Where
+from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
 from .base import CurvatureEstimator, inverse_of, operator_of
 from .block_curvature import BlockCurvature
 from .block_diagonal import BlockDiagonalCurvature, BlockDiagonalState
@@ -243,7 +243,9 @@ class PlacedCurvature(CurvatureEstimator):
 
     def _refreshed(
         self,
-        new: Callable[[Kinds, dict, dict, dict], tuple[dict, Bool[Array, ""] | bool]],
+        new: Callable[
+            [Kinds, dict[Any, Any], dict[Any, Any], dict[Any, Any]], tuple[dict[Any, Any], Bool[Array, ""] | bool]
+        ],
         state: PlacedState,
         parameters: Parameters,
         damping: ArrayLike | Mapping[str, ArrayLike],
@@ -267,7 +269,7 @@ class PlacedCurvature(CurvatureEstimator):
         blocks_of(vector, state.shapes)
         pieces, matrices = self._pieces(vector), to_matrices(vector)
 
-        def run(given: dict, mine: dict) -> tuple[dict, PyTree]:
+        def run(given, mine):
             return {key: function(pieces[key], mine[key], v) for key, v in given.items()}, _NEVER
 
         given = {key: piece.of(matrices[key[0]]) for key, piece in pieces.items()}

@@ -39,7 +39,7 @@ class Kept(Sharded):
     def spec(self) -> PartitionSpec:
         return PartitionSpec(self.axes)
 
-    def of_group(self, index: int, row: Shaped[Array, " numbers"]) -> dict:
+    def of_group(self, index: int, row: Shaped[Array, " numbers"]) -> dict[Any, Any]:
         """The dictionary that a row is of, on a device of this group."""
         structure, leaves = self.likes[index]
         pieces = jnp.split(row, np.cumsum([leaf.size for leaf in leaves]))
@@ -96,7 +96,7 @@ class Placement(eqx.Module):
 
     def run(
         self,
-        function: Callable[..., tuple[dict, Bool[Array, ""] | bool]],
+        function: Callable[..., tuple[dict[Any, Any], Bool[Array, ""] | bool]],
         groups: Groups,
         given: Mapping[Any, PyTree],
         *own: Kept,
@@ -141,7 +141,7 @@ class Placement(eqx.Module):
         rows, flags = jax.jit(shared)(dict(given), [kept.rows for kept in own])
         return Kept(rows, groups, likes, self.axes), jnp.any(flags)
 
-    def gather(self, kept: Kept) -> dict:
+    def gather(self, kept: Kept) -> dict[Any, Any]:
         """What all devices keep, on all of them."""
         everywhere = NamedSharding(self._mesh(), PartitionSpec())
         rows = jax.lax.with_sharding_constraint(kept.rows, everywhere)

@@ -198,8 +198,8 @@ def _anywhere(axis_size, in_batched, flag):
 
 
 def keep_finite(
-    new: dict, old: dict, is_known: Bool[Array, ""], is_wanted: Bool[Array, ""] | bool = True
-) -> tuple[dict, Bool[Array, ""]]:
+    new: dict[Any, Any], old: dict[Any, Any], is_known: Bool[Array, ""], is_wanted: Bool[Array, ""] | bool = True
+) -> tuple[dict[Any, Any], Bool[Array, ""]]:
     """The entries of `new` that are finite, if anything is known and wanted, and otherwise those of `old`.
 
     Also whether any is wanted and not finite.

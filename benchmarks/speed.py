@@ -23,8 +23,10 @@ import sys
 import time
 
 
-# LAPACK's own threads wait for XLA's: for all methods alike.
+# LAPACK's own threads wait for XLA's: for all methods alike. An accelerator's memory is taken as it is needed, for the
+# methods live side by side on it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax  # noqa: E402
 from speed_methods import Dense, METHODS, PERIOD, Transformer, WORKLOADS  # noqa: E402
@@ -139,9 +141,9 @@ def main(options):
         medians = {n: {k: statistics.median(run[n][k] for run in runs) for k in runs[0][n]} for n in pythons}
         found[workload] = found.get(workload, {}) | medians
         for name, row in medians.items():
-            cells = f"{row['init']:.1f} | {row['start']:.1f} | {1e3 * row['median']:.0f} | {1e3 * row['mean']:.0f}"
+            cells = f"{row['init']:.1f} | {row['start']:.1f} | {1e3 * row['median']:.3g} | {1e3 * row['mean']:.3g}"
             print(f"| {workload} | {name} | {cells} | {row['peak'] / 1e6:.0f} |", flush=True)
-    path.write_text(json.dumps(found, indent=1))
+        path.write_text(json.dumps(found, indent=1))
     plot(found, path.with_suffix(".svg"))
 
 

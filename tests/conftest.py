@@ -34,6 +34,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # LAPACK's own threads, two processes' worth of them on two cores, would spend their time waiting for each other.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+# A collective blocks a thread of each device until all are there. With no more threads than devices, two of them that
+# devices come to in different orders wait for each other forever.
+os.environ.setdefault("PJRT_NPROC", "16")
+
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 

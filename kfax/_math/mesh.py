@@ -34,7 +34,8 @@ def on_automatic_axes(function: Callable[_Arguments, _Result]) -> Callable[_Argu
     With explicit axes, the sharding of each array is part of its type. JAX refuses operations whose result could be
     sharded in several ways, such as a product that contracts the axis of the examples, unless they say in which. With
     automatic axes the compiler decides. Where the result, or a part of it, has the structure and the shapes of an
-    argument, it is sharded as that is; all else is replicated.
+    argument, it is sharded as that is; all else is replicated. Where arguments are on a mesh with automatic axes, what
+    does not depend on them (zeros, numbers) is replicated too, so that a function of the result is compiled once.
     """
 
     @functools.wraps(function)
@@ -42,7 +43,7 @@ def on_automatic_axes(function: Callable[_Arguments, _Result]) -> Callable[_Argu
         arrays, rest = eqx.partition((args, kwargs), eqx.is_array)
         mesh = _explicit_mesh(arrays)
         if mesh is None:
-            return function(*args, **kwargs)
+            return _onto_mesh(function(*args, **kwargs), arrays)
         axis_types = {name: AxisType.Auto for name in _explicit_axes(mesh)}
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh.update_axis_types(axis_types)):
             args, kwargs = eqx.combine(jax.sharding.reshard(arrays, PartitionSpec()), rest)
@@ -87,6 +88,17 @@ def _explicit_mesh(arrays: ArrayTree) -> Any:
                 return leaf.sharding.mesh
             found = mesh
     return found
+
+
+def _onto_mesh(result: _Result, arguments: ArrayTree) -> _Result:
+    """The result, with arrays that are on one device by default replicated on the mesh that the arguments are on."""
+    leaves = [leaf for leaf in jax.tree.leaves(arguments) if not is_traced(leaf)]
+    meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
+    if not meshes or is_traced(result):
+        return result
+    everywhere = NamedSharding(meshes[0], PartitionSpec())
+    free = lambda x: eqx.is_array(x) and not x.committed  # noqa: E731
+    return jax.tree.map(lambda x: jax.device_put(x, everywhere) if free(x) else x, result)
 
 
 def _explicit_axes(mesh: Any) -> list[str]:

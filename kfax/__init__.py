@@ -27,7 +27,7 @@ from ._blocks import (
     TensorNormal as TensorNormal,
     UnitWise as UnitWise,
 )
-from ._capture import check as check, value as value
+from ._capture import across as across, check as check, value as value
 from ._estimators import (
     BlockCurvature as BlockCurvature,
     BlockDiagonalCurvature as BlockDiagonalCurvature,

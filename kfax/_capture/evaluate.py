@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from .._losses import Loss, Penalty
 from .._math.types import Model, PRNGKey, Scalar
+from .across import own_key
 
 
 class Evaluation(eqx.Module):
@@ -49,6 +50,7 @@ def split_key(loss_fn: Callable, key: Any) -> tuple[PRNGKey | None, PRNGKey | No
         jax.eval_shape(jax.random.split, key)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`key` must be a single JAX key, such as `jax.random.key(0)`, got {key!r}.") from error
+    key = own_key(loss_fn, key)
     if "key" not in inspect.signature(loss_fn).parameters:
         return key, key
     loss_key, source_key = jax.random.split(key)

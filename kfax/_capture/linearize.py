@@ -18,6 +18,7 @@ from .._math.tree import tie
 from .._math.types import ArrayTree, Model, Parameters, PRNGKey, PyTree, Where
 from .._operations import Operation
 from .._slot import ExampleAxis, Slot, Use
+from .across import on_each
 from .evaluate import evaluate, Evaluation
 
 
@@ -133,7 +134,7 @@ def linearize_outputs(problem: Problem) -> Outputs:
     Both directions come from one linearization: the backward one is the transpose of the forward one. Of a model that
     has no forward mode, such as one with a `jax.custom_vjp` function, it is the other way around.
     """
-    parameters, rest = problem.parameters, []
+    parameters, rest = on_each(problem.loss_fn, problem.parameters), []
 
     def outputs(parameters):
         losses = problem.evaluate(parameters).losses
@@ -146,7 +147,7 @@ def linearize_outputs(problem: Problem) -> Outputs:
     @jax.jit  # to be traced once for several vectors
     def explained(vector):
         with _explained(_PUSH):
-            return push(vector)
+            return push(on_each(problem.loss_fn, vector))
 
     return Outputs(eqx.combine(arrays, rest[-1]), pull, explained)
 
@@ -207,7 +208,7 @@ def linearize(
         what to read of it. Without it slots stay empty.
     - `example_axis`: the name of the axis that enumerates the examples, or `None` for the outermost one.
     """
-    parameters = problem.parameters
+    parameters = on_each(problem.loss_fn, problem.parameters)
 
     def call(parameters, slots):
         evaluation = problem.evaluate(parameters, slots)

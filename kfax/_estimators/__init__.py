@@ -1,4 +1,8 @@
-from .base import CurvatureEstimator as CurvatureEstimator, total_weight as total_weight
+from .base import (
+    CurvatureEstimator as CurvatureEstimator,
+    measured_across as measured_across,
+    total_weight as total_weight,
+)
 from .block_curvature import BlockCurvature as BlockCurvature
 from .block_diagonal import (
     BlockDiagonalCurvature as BlockDiagonalCurvature,

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .._capture import Linearization, Problem, split_key
+from .._capture import Across, Linearization, mean_across, Problem, split_key
 from .._losses import Loss
 from .._math.mesh import on_automatic_axes
+from .._math.moving_average import MovingAverage
 from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
 from .damping import wide
 from .eigendecomposition import Eigendecomposition
@@ -80,7 +81,7 @@ class CurvatureEstimator(eqx.Module):
         """
         model_key, source_key = split_key(loss_fn, key)
         problem = Problem(loss_fn, model, batch, model_key, model_state, frozen)
-        return self.fold(state, self.measure(self.linearize(problem), source_key))
+        return self.fold(state, measured_across(loss_fn, self.measure(self.linearize(problem), source_key)))
 
     @abc.abstractmethod
     def weight(self, state: Any) -> Scalar:
@@ -236,6 +237,22 @@ def division_by(damping: Parameters) -> lx.AbstractLinearOperator:
 
 
 _PSD = lx.positive_semidefinite_tag
+
+
+def measured_across(loss_fn: Callable, measured: Any) -> Any:
+    """What was measured on the examples of all devices, for a `loss_fn` that is one `kfax.across` them."""
+    if not isinstance(loss_fn, Across):
+        return measured
+
+    def mean(average):
+        if not isinstance(average, MovingAverage):
+            raise ValueError(
+                "Inside `jax.shard_map` an estimator must be one of running averages, such as "
+                "`kfax.BlockDiagonalCurvature`. `kfax.ImplicitExactCurvature` takes sharded batches, without it."
+            )
+        return MovingAverage(*mean_across(loss_fn, average.value, average.weight))
+
+    return jax.tree.map(mean, measured, is_leaf=lambda node: isinstance(node, MovingAverage))
 
 
 def total_weight(losses: tuple[Loss, ...]) -> Scalar:

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import ArrayLike
 
 from .._capture import Problem, split_key
+from .._estimators import measured_across
 from .._math.mesh import on_automatic_axes
 from .._math.scalars import are_valid, nonnegative, positive, scheduled
 from .._math.tree import all_finite, anywhere, combine, cond, dot, select, zeros_like
@@ -156,7 +157,7 @@ class _Link(eqx.Module):
             problem = problem_with(problem, preconditioner.part_of(problem.batch, state.step))
 
         def fold():
-            measured = estimator.measure(estimator.linearize(problem), key)
+            measured = measured_across(self.loss_fn, estimator.measure(estimator.linearize(problem), key))
             return preconditioner.fold(state.preconditioner, measured, is_good & due)[0]
 
         return cond(due if due is True else anywhere(due), fold, lambda: state.preconditioner)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
 from .._capture import linearize, Problem, split_key
-from .._estimators import CurvatureEstimator, ExplicitExactCurvature, ImplicitExactCurvature
+from .._estimators import CurvatureEstimator, ExplicitExactCurvature, ImplicitExactCurvature, measured_across
 from .._layers import split_parameters
 from .._math.mesh import on_automatic_axes
 from .._math.scalars import nonnegative, not_a_class, positive, within_closed_unit
@@ -332,7 +332,8 @@ class Optimizer(eqx.Module):
             objective, total = objective_on(*arguments, estimator.linearize, add, estimator.nothing(curvature))
             measured = lambda: total  # noqa: E731
         is_good = objective.is_good & is_wanted & due
-        fold = lambda: self.preconditioner.fold(state.preconditioner, measured(), is_good)  # noqa: E731
+        everywhere = lambda: measured_across(self.loss_fn, measured())  # noqa: E731
+        fold = lambda: self.preconditioner.fold(state.preconditioner, everywhere(), is_good)  # noqa: E731
         preconditioner, failed = cond(for_anyone, fold, lambda: (state.preconditioner, jnp.zeros((), bool)))
         return objective, eqx.tree_at(lambda s: s.preconditioner, state, preconditioner), failed
 

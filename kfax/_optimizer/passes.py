@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._capture import Linearization, Problem
+from .._capture import Across, Linearization, mean_across, on_each, Problem
 from .._estimators import CurvatureSource, ImplicitExactBatch, ImplicitExactCurvature, total_weight
 from .._losses import Loss
 from .._math.moving_average import MovingAverage
@@ -90,7 +90,7 @@ def over_micro_batches(
     **Returns:** the result for all parts, its means weighted; and the last carry.
     """
     if number == 1:
-        return run(problem, key, carry)
+        return _across(problem, *run(problem, key, carry))
     batches, rest = eqx.partition(_split(problem.batch, number), eqx.is_array)
     state, fixed = eqx.partition(problem.model_state, eqx.is_array)
     static = []
@@ -112,8 +112,16 @@ def over_micro_batches(
     first_batch, first_keys = jax.tree.map(lambda x: x[0], (batches, keys))
     means, weight, *_ = eqx.filter_eval_shape(one, first_batch, first_keys, state, carry)
     empty = MovingAverage(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), means), jnp.zeros((), weight.dtype))
-    (mean, state, carry), aux = jax.lax.scan(body, (empty, state, carry), (batches, keys))
-    return PassResult(mean.value, mean.weight, eqx.combine(state, fixed), eqx.combine(aux, static[-1])), carry
+    start = on_each(problem.loss_fn, (empty, state, carry))
+    (mean, state, carry), aux = jax.lax.scan(body, start, (batches, keys))
+    result = PassResult(mean.value, mean.weight, eqx.combine(state, fixed), eqx.combine(aux, static[-1]))
+    return _across(problem, result, carry)
+
+
+def _across(problem: Problem, result: PassResult, carry: Any) -> tuple[PassResult, Any]:
+    """The means over what all devices ran, if each has some of the examples."""
+    means, weight = mean_across(problem.loss_fn, result.means, result.weight)
+    return PassResult(means, weight, result.model_state, result.aux), carry
 
 
 def gradient_of(
@@ -167,7 +175,7 @@ def gram_of(
         state = exact.init(problem.model, frozen=problem.frozen)
         return exact.gram(exact.fold(state, ImplicitExactBatch(problem, None, None)), directions)
 
-    if number == 1:
+    if number == 1 and not isinstance(problem.loss_fn, Across):
         return gram(problem)
 
     def run(problem, key, carry):

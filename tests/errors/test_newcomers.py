@@ -267,6 +267,7 @@ mistakes = {
     "`source` must be a curvature source, such as `kfax.ExactGGN()`": lambda: kfax.BlockDiagonalCurvature("ggn"),
     "as an array of real floating-point numbers, got float": lambda: kfax.squared_error(1.0, 2.0),
     "`rule` must be a function": lambda: kfax.default_registry.register(eqx.nn.Linear, kfax.Full()),
+    "`axis_name` must be the name of a mesh axis": lambda: kfax.across(lambda model, batch: None, 0),
     "`check_loss` takes a `kfax.Loss`, got Penalty": lambda: kfax.check_loss(kfax.Penalty(1.0), key=jax.random.key(0)),
     "takes a module and one boolean, got TaggedLinear": lambda: kfax.masked(True, model),
     "`frozen` must be a function of the model, as in": lambda: kfax.tag(linear, frozen=".weight"),
@@ -289,4 +290,4 @@ def test_objects_of_the_wrong_type():
     """In a process of its own, without the run-time type checker, as a user has it."""
     result = subprocess.run([sys.executable, "-W", "error", "-c", MISTAKES], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "25 mistakes\n"
+    assert result.stdout == "26 mistakes\n"

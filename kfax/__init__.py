@@ -56,6 +56,7 @@ from ._layers import (
     coverage as coverage,
     CoverageRow as CoverageRow,
     default_registry as default_registry,
+    DeviceRow as DeviceRow,
     from_matrices as from_matrices,
     masked as masked,
     parameters_of as parameters_of,

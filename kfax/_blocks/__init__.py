@@ -8,6 +8,15 @@ from .gradients import (
 )
 from .kronecker import KroneckerFactored as KroneckerFactored
 from .kronecker_sum import KroneckerSum as KroneckerSum
+from .pieces import (
+    costs_of as costs_of,
+    Groups as Groups,
+    groups_of as groups_of,
+    is_costly as is_costly,
+    Kinds as Kinds,
+    Piece as Piece,
+    pieces_of as pieces_of,
+)
 from .product import (
     check_inversion as check_inversion,
     Cholesky as Cholesky,

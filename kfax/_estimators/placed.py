@@ -10,7 +10,7 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .._blocks import immovable
+from .._blocks import costs_of, groups_of, immovable, Kinds, Piece, pieces_of
 from .._capture import Linearization, Problem
 from .._layers import from_matrices, parts, split_parameters, to_matrices
 from .._math.moving_average import MovingAverage
@@ -23,7 +23,7 @@ from .damping import damping_by_key, damping_by_parameter
 from .eigendecomposition import BlockEigendecomposition
 from .placement import Kept, Placement
 from .products import block_shapes, blocks_of, BlockShapes
-from .refresh import costs_of, inverses_of, Kinds, Piece, pieces_of, whole
+from .refresh import inverses_of, whole
 
 
 class PlacedState(eqx.Module):
@@ -80,7 +80,8 @@ class PlacedCurvature(CurvatureEstimator):
     def init(self, model: Model, *, frozen: Where | None = None) -> PlacedState:
         parameters, _ = split_parameters(model, frozen)
         pieces = self._pieces(parameters)
-        groups, nothing = self.placement.groups(costs_of(pieces)), dict.fromkeys(pieces, np.zeros(()))
+        groups = groups_of(costs_of(pieces), self.placement.num_devices)
+        nothing = dict.fromkeys(pieces, np.zeros(()))
 
         def zeros(given):
             return {key: pieces[key].block.init(pieces[key].shape).statistics for key in given}, _NEVER

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,11 +12,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Shaped
 
+from .._blocks import Groups
 from .._math.mesh import Sharded
 from .._math.types import PyTree
-
-
-Groups: TypeAlias = tuple[tuple[Any, ...], ...]
 
 
 class Kept(Sharded):
@@ -83,16 +81,6 @@ class Placement(eqx.Module):
     def num_devices(self) -> int:
         """How many devices share the work."""
         return math.prod(self.mesh.shape[name] for name in self.axes)
-
-    def groups(self, costs: Mapping[Any, int]) -> Groups:
-        """What each device has to do, given what everything costs; one group stands for all without work."""
-        found, totals = [[] for _ in range(self.num_devices)], [0] * self.num_devices
-        for key in sorted(costs, key=lambda key: -costs[key]):  # of equal ones the first to come
-            least = totals.index(min(totals))
-            found[least].append(key)
-            totals[least] += costs[key]
-        busy = [tuple(keys) for keys in found if keys]
-        return (*busy, ()) if len(busy) < len(found) else tuple(busy)
 
     def run(
         self,

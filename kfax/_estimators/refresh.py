@@ -1,20 +1,15 @@
 """A refresh: the inverses of all blocks, computed together."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .._blocks import Block, Inverse
+from .._blocks import costs_of, groups_of, Inverse, is_costly, Kinds, pieces_of
 from .._math import linalg
 from .._math.types import PyTree, Scalar
-from .._operations import MatrixShape
 from .placement import Placement
-
-
-Kinds: TypeAlias = Mapping[Any, tuple[Block, MatrixShape]]
 
 
 def inverses_of(kinds: Kinds, statistics: Mapping[Any, Any], dampings: Mapping[Any, Scalar]) -> dict[Any, Inverse]:
@@ -35,7 +30,7 @@ def placed_inverses_of(
     placement: Placement, kinds: Kinds, statistics: Mapping[str, Any], dampings: Mapping[str, Scalar]
 ) -> dict[str, Inverse]:
     """The same, each block on one device, and stacks of layers on several. Diagonal ones are inverted everywhere."""
-    alone = {key: kind for key, kind in kinds.items() if kind[0].refresh_flops(kind[1]) <= kind[1].num_parameters}
+    alone = {key: kind for key, kind in kinds.items() if not is_costly(*kind)}
     inverses = inverses_of(alone, statistics, dampings)
     pieces = pieces_of({key: kind for key, kind in kinds.items() if key not in alone}, placement.num_devices)
     if pieces:
@@ -46,52 +41,9 @@ def placed_inverses_of(
             return inverses_of(own, statistics, dampings), jnp.zeros((), bool)
 
         given = {key: (piece.of(statistics[key[0]]), dampings[key[0]]) for key, piece in pieces.items()}
-        kept, _ = placement.run(run, placement.groups(costs_of(pieces)), given)
+        kept, _ = placement.run(run, groups_of(costs_of(pieces), placement.num_devices), given)
         inverses |= whole(placement.gather(kept))
     return {key: inverses[key] for key in kinds}
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A block, or some of the layers of one that stands for a stack.
-
-    **Fields:**
-
-    - `block`, `shape`: what it is.
-    - `layers`: which of the stack, along its first axis; `None` if there is no stack.
-    """
-
-    block: Block
-    shape: MatrixShape
-    layers: tuple[int, int] | None
-
-    def of(self, tree: PyTree) -> PyTree:
-        """The part for these layers of arrays that lead with the axis of the stack."""
-        if self.layers is None:
-            return tree
-        start, stop = self.layers
-        return jax.tree.map(lambda x: x[start:stop], tree)
-
-
-def pieces_of(kinds: Kinds, number: int) -> dict[tuple[str, int], Piece]:
-    """The blocks, and stacks of them in at most so many parts, as equal as possible, by key and number of the part."""
-    pieces = {}
-    for key, (block, shape) in kinds.items():
-        if not shape.stack:
-            pieces[key, 0] = Piece(block, shape, None)
-            continue
-        length, *others = shape.stack
-        parts = min(number, length)
-        for i in range(parts):
-            start, stop = length * i // parts, length * (i + 1) // parts
-            part = dataclasses.replace(shape, stack=(stop - start, *others))
-            pieces[key, i] = Piece(block, part, (start, stop))
-    return pieces
-
-
-def costs_of(pieces: Mapping[Any, Piece]) -> dict[Any, int]:
-    """Of a refresh of each."""
-    return {key: piece.block.refresh_flops(piece.shape) for key, piece in pieces.items()}
 
 
 def whole(pieces: Mapping[tuple[str, int], PyTree]) -> dict[str, PyTree]:

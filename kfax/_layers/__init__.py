@@ -16,6 +16,7 @@ from .base import (
 )
 from .convolution import TaggedConv as TaggedConv, TaggedConvTranspose as TaggedConvTranspose
 from .coverage import Coverage as Coverage, coverage as coverage, CoverageRow as CoverageRow
+from .devices import DeviceRow as DeviceRow
 from .embedding import TaggedEmbedding as TaggedEmbedding
 from .linear import TaggedLinear as TaggedLinear
 from .module import TaggedModule as TaggedModule

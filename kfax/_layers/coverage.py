@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
 
 from .._math.types import Model, Where
-from .base import is_tagged, layer_parts, Part, TaggedLayer
+from .base import is_tagged, layer_parts, Part, parts, TaggedLayer
+from .devices import device_rows, DeviceRow
 from .registry import trainable
 from .scale_shift import TaggedBatchNorm
 from .shared import borrowed
@@ -51,9 +53,11 @@ class Coverage:
 
     - `rows`: one for each operation of a tagged layer and each parameter outside of one, in the order of
         the model's leaves.
+    - `devices`: for several devices, one for each way to share out the curvature; otherwise empty.
     """
 
     rows: tuple[CoverageRow, ...]
+    devices: tuple[DeviceRow, ...] = ()
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -70,9 +74,8 @@ class Coverage:
         lines.append(
             ("total", f"{totals[0]:,}", "", "", _si(totals[1], "B"), *(_si(total, "flop") for total in totals[2:]))
         )
-        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-        text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-        rule = "-" * len(text[0])
+        head, *body, total = _aligned(lines)
+        rule = "-" * len(head)
         mixing = ", ".join(f"`{row.path}`" for row in self.rows if row.layer == TaggedBatchNorm.__name__)
         notes = [f"Examples see each other by {mixing}: blocks leave out what is between them."] if mixing else []
         number = sum(row.num_bytes > 0 for row in self.rows)
@@ -81,22 +84,29 @@ class Coverage:
                 f"Each of {number} blocks adds to the time to compile a step. Equal layers are compiled once if they "
                 "are stacked and run by `jax.lax.scan`."
             )
-        return "\n".join(line.rstrip() for line in [text[0], rule, *text[1:-1], rule, text[-1], *notes])
+        each = ["", *_devices_table(self.devices)] if self.devices else []
+        return "\n".join(line.rstrip() for line in [head, rule, *body, rule, total, *notes, *each])
 
 
 _MANY = 30
 
 
-def coverage(model: Model, *, frozen: Where | None = None) -> Coverage:
+def coverage(model: Model, *, frozen: Where | None = None, devices: int = 1) -> Coverage:
     """Which block each parameter of a model has, and what it costs. Computes nothing on arrays.
 
     **Arguments:**
 
     - `model`: tagged, or not yet.
     - `frozen`: as in [`kfax.tag`][].
+    - `devices`: on how many each batch is split. For more than one there is a second table: what each of them keeps,
+        sends and computes, with and without a [`kfax.Placement`][], and with a [`kfax.PlacedCurvature`][].
 
     **Returns:** a [`kfax.Coverage`][]; print it to see a table. A parameter without a block has the block `None`.
+
+    **Raises:** `ValueError` for a number of devices that is none.
     """
+    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
+        raise ValueError(f"`devices` must be a whole number, at least 1, got {devices!r}.")
     spec = trainable(model, frozen)
     kept = eqx.filter(model, spec)
     nodes = jax.tree_util.tree_leaves_with_path(eqx.filter(model, eqx.is_inexact_array), is_leaf=is_tagged)
@@ -116,7 +126,10 @@ def coverage(model: Model, *, frozen: Where | None = None) -> Coverage:
                 rows.append(_part_row(found[part.key], node, tied))
             else:
                 rows.append(_other_row(part.key, part.operation, type(node).__name__, "frozen"))
-    return Coverage(tuple(rows))
+    if devices == 1:
+        return Coverage(tuple(rows))
+    kinds = {key: (part.block, part.operation.shape()) for key, part in parts(kept).items()}
+    return Coverage(tuple(rows), device_rows(kinds, devices))
 
 
 def _part_row(part: Part, layer: TaggedLayer, tied: list[str]) -> CoverageRow:
@@ -158,6 +171,23 @@ def _cells(row: CoverageRow) -> tuple[str, ...]:
     block = "NONE: `kfax.tag` the model, wrap the module, or `frozen=`" if row.block is None else row.block
     block += "".join(f", tied to {path}" for path in row.tied)
     return (row.path or "(model)", parameters, row.layer or "", block, *(costs if row.num_bytes else ("",) * 4))
+
+
+def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+
+
+def _devices_table(rows: tuple[DeviceRow, ...]) -> list[str]:
+    """What a device keeps, sends and computes, by setting."""
+    header = (f"each of {rows[0].num_devices} devices", "state", "sent/step", "/update", "/refresh", "refresh", "solve")
+    lines: list[tuple[str, ...]] = [header]
+    for row in rows:
+        sizes = (row.state_bytes, row.sent_per_step, row.sent_per_update, row.sent_per_refresh)
+        flops = (row.refresh_flops, row.solve_flops)
+        lines.append((row.setting, *(_si(size, "B") for size in sizes), *(_si(number, "flop") for number in flops)))
+    head, *body = _aligned(lines)
+    return [head, "-" * len(head), *body]
 
 
 def _si(value: float | int, unit: str) -> str:

@@ -1,9 +1,12 @@
 """What a step of K-FAC takes on many devices, as a model predicts it: from shapes, and rates of a device.
 
-Run `python benchmarks/scaling.py`; nothing is trained or timed. Bytes and the flops of refreshes and solves are those of
-`kfax.coverage(model, devices=n)`, which `benchmarks/collectives.py` compares with compiled programs. Seconds are those
-bytes and flops divided by the rates below, and rest on what they leave out: nothing overlaps, kernels reach their rate
-whatever their size, all devices are equally fast. The batch grows with the devices: each has the same number of examples.
+Run `python benchmarks/scaling.py`; nothing is trained or timed. Bytes, and flops of refreshes and solves, are those of
+`kfax.coverage(model, devices=n)`, which `benchmarks/collectives.py` compares with compiled programs. Seconds are these
+bytes and flops over the rates of `Device`. The model leaves out that what is sent overlaps with what is computed, that
+kernels of small matrices are slower, and that some device is always late. Each device has the same number of examples,
+however many devices there are. Columns: state of a device; ms of a step that is neither of the following, of an update
+of the statistics, and of a refresh of all inverses; the mean over steps, as a multiple of gradient descent, with these
+every 1 and 10, and every 10 and 100 steps; and what takes longest of what K-FAC adds, in the first of these means.
 """
 
 import dataclasses

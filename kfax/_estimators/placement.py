@@ -50,8 +50,8 @@ class Placement(eqx.Module):
 
     Blocks go to devices by their cost, the costliest first, each to the device with the least to do so far. A stack of
     layers is split into as many parts as there are devices. What is sent, once in every refresh, are the inverses, in
-    one all-gather. Without a placement every device inverts every block, and nothing is sent. For inverses that stay
-    where they are see [`kfax.PlacedCurvature`][].
+    one all-gather (or one sum, where some devices have much more of them than others). Without a placement every device
+    inverts every block, and nothing is sent. For inverses that stay where they are see [`kfax.PlacedCurvature`][].
 
     ??? cite "Source"
         Osawa et al. 2019, arXiv:1811.12019, section 3 (factors inverted in parallel); Pauloski et al. 2021,
@@ -130,13 +130,34 @@ class Placement(eqx.Module):
         return Kept(rows, groups, likes, self.axes), jnp.any(flags)
 
     def gather(self, kept: Kept) -> dict[Any, Any]:
-        """What all devices keep, on all of them."""
-        everywhere = NamedSharding(self._mesh(), PartitionSpec())
-        rows = jax.lax.with_sharding_constraint(kept.rows, everywhere)
+        """What all devices keep, on all of them.
+
+        Rows are gathered, each as long as the longest, or summed, each in a place of its own, if less is sent so.
+        """
+        lengths = [sum(leaf.size for leaf in leaves) for _, leaves in kept.likes]
+        if kept.rows.size <= 2 * sum(lengths):
+            rows = jax.lax.with_sharding_constraint(kept.rows, NamedSharding(self._mesh(), PartitionSpec()))
+        else:
+            rows = jnp.split(self._summed(kept.rows, lengths), np.cumsum(lengths))
         found = {}
-        for index, row in enumerate(rows[: len(kept.groups)]):
-            found |= kept.of_group(index, row)
+        for index in range(len(kept.groups)):
+            found |= kept.of_group(index, rows[index])
         return found
+
+    def _summed(self, rows: Shaped[Array, "devices numbers"], lengths: list[int]) -> Shaped[Array, " all"]:
+        """The rows one after the other, without what they are padded with."""
+        starts = np.cumsum([0, *lengths])
+
+        def mine(row):
+            group = jnp.minimum(jax.lax.axis_index(self.axes), len(lengths) - 1)
+            numbers = jnp.where(jnp.arange(row.shape[1]) < jnp.asarray(lengths)[group], row[0], 0)
+            place = jnp.zeros(starts[-1] + row.shape[1], row.dtype)
+            place = jax.lax.dynamic_update_slice(place, numbers, (jnp.asarray(starts)[group],))
+            return jax.lax.psum(place[: starts[-1]], self.axes)
+
+        everywhere = PartitionSpec()
+        shared = jax.shard_map(mine, mesh=self._mesh(), in_specs=PartitionSpec(self.axes), out_specs=everywhere)
+        return jax.jit(shared)(rows)
 
     def _mesh(self) -> Mesh:
         """The mesh, its axes of the types that are in force: automatic ones within kfax."""

@@ -26,8 +26,10 @@ class DeviceRow:
     - `parameter_bytes`: of what is trained. The velocity takes as many.
     - `statistics_bytes`, `inverse_bytes`: of curvature state: the most that a device keeps.
     - `gradient_summed`: bytes that are summed over all devices, in each step.
-    - `statistics_summed`: the same in each update of the statistics; or less where layers have the same inputs.
-    - `inverses_gathered`: bytes that each device has gathered after a refresh of all blocks.
+    - `statistics_summed`: the same in each update of the statistics; one number less for each matrix of a Kronecker
+        block, in how many positions it is used, where that is no matter of weights and masks.
+    - `inverses_gathered`: bytes that are gathered in a refresh of all blocks, an equally long row from each device; or
+        twice the bytes of all rows, if that is less: then these are summed.
     - `solution_gathered`: the same in each step, of preconditioned gradients.
     - `refresh_flops`, `solve_flops`: the most that a device computes, in a refresh and in a step.
     """
@@ -97,7 +99,7 @@ def _with_placement(replicated: DeviceRow, kinds: Kinds, number: int) -> DeviceR
     return dataclasses.replace(
         replicated,
         setting="Placement",
-        inverses_gathered=number * share.most_bytes({key: state.inverse for key, state in share.states.items()}),
+        inverses_gathered=share.gathered_bytes({key: state.inverse for key, state in share.states.items()}),
         refresh_flops=everywhere + share.most(costs_of(share.pieces)),
     )
 
@@ -111,7 +113,7 @@ def _placed(replicated: DeviceRow, kinds: Kinds, number: int) -> DeviceRow:
         setting="PlacedCurvature",
         statistics_bytes=share.most_bytes({key: state.statistics for key, state in share.states.items()}),
         inverse_bytes=share.most_bytes({key: state.inverse for key, state in share.states.items()}),
-        solution_gathered=number * share.most_bytes(solution),
+        solution_gathered=share.gathered_bytes(solution),
         refresh_flops=share.most(costs_of(share.pieces)),
         solve_flops=share.most({key: piece.block.solve_flops(piece.shape) for key, piece in share.pieces.items()}),
     )
@@ -121,6 +123,7 @@ def _placed(replicated: DeviceRow, kinds: Kinds, number: int) -> DeviceRow:
 class _Share:
     """Which pieces go to which device, and their shapes."""
 
+    number: int
     pieces: Mapping[Any, Piece]
     groups: Groups
     states: Mapping[Any, BlockState]
@@ -131,18 +134,28 @@ class _Share:
         distinct = {(piece.block, piece.shape) for piece in pieces.values()}
         known = {kind: jax.eval_shape(lambda kind=kind: kind[0].init(kind[1])) for kind in distinct}
         states = {key: known[piece.block, piece.shape] for key, piece in pieces.items()}
-        return _Share(pieces, groups_of(costs_of(pieces), number), states)
+        return _Share(number, pieces, groups_of(costs_of(pieces), number), states)
 
     def most(self, numbers: Mapping[Any, int]) -> int:
         return max(sum(numbers[key] for key in group) for group in self.groups)
 
     def most_bytes(self, shapes: Mapping[Any, PyTree]) -> int:
-        """Rows of numbers of one dtype, each as long as the longest."""
-        leaves = jax.tree.leaves(dict(shapes))
-        if not leaves:
-            return 0
-        sizes = {key: sum(leaf.size for leaf in jax.tree.leaves(tree)) for key, tree in shapes.items()}
-        return self.most(sizes) * jnp.result_type(*leaves).itemsize
+        """Of a row of numbers of one dtype, each as long as the longest."""
+        return self.most(_sizes(shapes)) * _itemsize(shapes)
+
+    def gathered_bytes(self, shapes: Mapping[Any, PyTree]) -> int:
+        """Of all rows; or twice the bytes of what is in them, in a sum."""
+        sizes = _sizes(shapes)
+        return min(self.number * self.most(sizes), 2 * sum(sizes.values())) * _itemsize(shapes)
+
+
+def _sizes(shapes: Mapping[Any, PyTree]) -> dict[Any, int]:
+    return {key: sum(leaf.size for leaf in jax.tree.leaves(tree)) for key, tree in shapes.items()}
+
+
+def _itemsize(shapes: Mapping[Any, PyTree]) -> int:
+    leaves = jax.tree.leaves(dict(shapes))
+    return jnp.result_type(*leaves).itemsize if leaves else 0
 
 
 def _bytes(tree: PyTree) -> int:

@@ -195,6 +195,31 @@ def test_each_device_factorizes_its_share():
     assert sent(compiled(placed(mesh), "solve")) == [(4, 2 * 6 * 9)]
 
 
+def test_rows_of_different_lengths_are_summed():
+    """One block is most of a network: gathered, it would be sent once for each device."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    layers = [eqx.nn.Linear(9, 8, key=KEYS[0]), eqx.nn.Linear(8, 2, use_bias=False, key=KEYS[1])]
+    model = on_mesh(kfax.tag(eqx.nn.Sequential(layers)), mesh)
+    batch = on_mesh((BATCH[0].reshape(8, -1)[:, :9], BATCH[1] % 2), mesh, "data")
+    solutions = []
+    for estimator in (kfax.BlockDiagonalCurvature(), everywhere(mesh), placed(mesh)):
+
+        def run(model, batch, estimator=estimator):
+            state = estimator.update(estimator.init(model), loss_fn, model, batch, key=KEYS[5])
+            state = estimator.refresh(state, parameters(model), 0.1)
+            return state, (estimator.solve(state, parameters(model)), estimator.to_dense(state, parameters(model)))
+
+        compiled = eqx.filter_jit(run).lower(model, batch).compile()
+        state, solution = compiled(model, batch)
+        solutions.append(solution)
+        if isinstance(state, kfax.PlacedState):
+            text = compiled.compiled.as_text()
+            assert "all-gather(" not in text and re.search(r"f64\[96\]\S* all-reduce\(", text)
+    assert_close(solutions[1:], [solutions[0]] * 2, tolerance=1e-12)
+    [*_, row] = kfax.coverage(model, devices=4).devices
+    assert row.solution_gathered == 2 * 8 * 96
+
+
 def test_an_axis_that_the_mesh_lacks():
     with pytest.raises(ValueError, match=r"among those of the mesh, \('data',\), got 'model'"):
         kfax.Placement(jax.make_mesh((2,), ("data",)), "model")

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 # Relative to the largest number of the expected array. Looser ones state their reason where they are used.
@@ -44,6 +45,19 @@ def flat(tree):
 def random(seed, *shape):
     """Normal numbers, the same for the same seed."""
     return jax.random.normal(jax.random.key(seed), shape)
+
+
+def split(tree, mesh, axis):
+    """Every array split along its longest dimension, of those that can be; with `axis=None` on all devices."""
+
+    def put(x):
+        spec = [None] * x.ndim
+        sizes = [size if axis is not None and size % mesh.shape[axis] == 0 else 0 for size in x.shape]
+        if any(sizes):
+            spec[sizes.index(max(sizes))] = axis
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree.map(lambda x: put(x) if eqx.is_array(x) else x, tree)
 
 
 def layer_groups(model, paths):

@@ -20,7 +20,7 @@ VARIANTS = {
     "optax_chain": [[]],
     "preconditioned_cg": [[]],
 }
-# These are run by a test of its own, and by `.ci/processes`.
+# These are run by tests of their own, and by `.ci/processes`.
 OTHERS = ("resume", "multi_host")
 # What is printed, if not a comparison of optimizers.
 PRINTED = {
@@ -48,6 +48,22 @@ def test_smoke(path, options, tmp_path):
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     assert all(word in result.stdout for word in PRINTED.get(path.stem, ("K-FAC", "Adam", "compile s")))
+
+
+def test_training_is_resumed_on_another_number_of_devices(tmp_path):
+    """Also `tests/optimizer/test_resume.py`."""
+
+    def run(*options):
+        paths = ["--checkpoint", tmp_path / "folder", "--output", tmp_path / "plot.png"]
+        command = [sys.executable, "-W", "error", EXAMPLES[0].parent / "resume.py", *paths, *options]
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert "step 3, loss" in run("--devices", 4, "--smoke")
+    found = run("--devices", 2, "--steps", 5)
+    assert "goes on from step 3" in found and "step 5, loss" in found
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

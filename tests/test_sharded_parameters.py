@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, mlp, parameters
+from helpers import assert_close, mlp, parameters, split
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kfax
@@ -15,19 +15,6 @@ import kfax
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
-
-
-def split(tree, mesh, axis):
-    """Every array split along its longest dimension, of those that can be."""
-
-    def put(x):
-        spec = [None] * x.ndim
-        sizes = [size if axis is not None and size % mesh.shape[axis] == 0 else 0 for size in x.shape]
-        if any(sizes):
-            spec[sizes.index(max(sizes))] = axis
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
-
-    return jax.tree.map(lambda x: put(x) if eqx.is_array(x) else x, tree)
 
 
 def copied(tree, mesh):

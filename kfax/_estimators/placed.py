@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from .._blocks import costs_of, groups_of, immovable, Kinds, Piece, pieces_of
 from .._capture import Linearization, Problem
 from .._layers import from_matrices, parts, split_parameters, to_matrices
+from .._math.mesh import on_automatic_axes
 from .._math.moving_average import MovingAverage
 from .._math.tree import all_finite, keep_finite, select
 from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
@@ -21,7 +22,7 @@ from .block_curvature import BlockCurvature
 from .block_diagonal import BlockDiagonalCurvature, BlockDiagonalState
 from .damping import damping_by_key, damping_by_parameter
 from .eigendecomposition import BlockEigendecomposition
-from .placement import Kept, Placement
+from .placement import Groups, Kept, Placement
 from .products import block_shapes, blocks_of, BlockShapes
 from .refresh import inverses_of, whole
 
@@ -101,21 +102,7 @@ class PlacedCurvature(CurvatureEstimator):
         return self.estimator.measure(linearization, key)
 
     def fold(self, state: PlacedState, measured: MovingAverage) -> PlacedState:
-        groups = state.inverses.groups
-        stacks: dict[str, list[int]] = {}
-        for key, index in sorted(key for group in groups for key in group):
-            stacks.setdefault(key, []).append(index)
-
-        def some(key, index):
-            number = len(stacks[key])
-
-            def cut(x):
-                return x[x.shape[0] * index // number : x.shape[0] * (index + 1) // number]
-
-            return measured.value[key] if number == 1 else jax.tree.map(cut, measured.value[key])
-
-        given = {(key, index): some(key, index) for key, indices in stacks.items() for index in indices}
-        kept, _ = self.placement.run(lambda given: (given, _NEVER), groups, given)
+        kept = self._shared_out(state.inverses.groups, measured.value)
         average = state.average.update(kept, self.estimator.decay, measured.weight)
         return PlacedState(average, state.inverses, state.shapes)
 
@@ -218,6 +205,7 @@ class PlacedCurvature(CurvatureEstimator):
 
     # -- as a whole --
 
+    @on_automatic_axes
     def gathered(self, state: PlacedState) -> BlockDiagonalState:
         """The state of the estimator that this one is made of, on all devices.
 
@@ -230,6 +218,24 @@ class PlacedCurvature(CurvatureEstimator):
         average = MovingAverage(whole(self.placement.gather(state.average.value)), state.average.weight)
         return BlockDiagonalState(average, whole(self.placement.gather(state.inverses)), state.shapes)
 
+    @on_automatic_axes
+    def placed(self, state: BlockDiagonalState, parameters: Parameters) -> PlacedState:
+        """The inverse of `gathered`, exact, on any number of devices: for a state from a checkpoint.
+
+        **Arguments:**
+
+        - `state`: of the estimator that this one is made of: on one device by default, or on the placement's mesh.
+        - `parameters`: of the model.
+
+        **Returns:** the state, in parts.
+
+        **Raises:** `ValueError` for a state of other parameters.
+        """
+        blocks_of(parameters, state.shapes)
+        groups = self.placement.groups(costs_of(self._pieces(parameters)))
+        average, inverses = (self._shared_out(groups, by_key) for by_key in (state.average.value, state.inverses))
+        return PlacedState(MovingAverage(average, state.average.weight), inverses, state.shapes)
+
     def blocks(self, state: PlacedState, parameters: Parameters) -> dict[str, BlockCurvature]:
         """As those of [`kfax.BlockDiagonalCurvature`][], of the gathered state."""
         return self.estimator.blocks(self.gathered(state), parameters)
@@ -241,6 +247,23 @@ class PlacedCurvature(CurvatureEstimator):
     def _pieces(self, parameters: Parameters) -> dict[tuple[str, int], Piece]:
         kinds = {key: (part.block, part.operation.shape()) for key, part in parts(parameters).items()}
         return pieces_of(kinds, self.placement.num_devices)
+
+    def _shared_out(self, groups: Groups, by_key: Mapping[str, Any]) -> Kept:
+        """What all devices have of each block, in parts."""
+        stacks: dict[str, list[int]] = {}
+        for key, index in sorted(key for group in groups for key in group):
+            stacks.setdefault(key, []).append(index)
+
+        def some(key, index):
+            number = len(stacks[key])
+
+            def cut(x):  # not a number that all layers share
+                return x[x.shape[0] * index // number : x.shape[0] * (index + 1) // number] if x.ndim else x
+
+            return by_key[key] if number == 1 else jax.tree.map(cut, by_key[key])
+
+        given = {(key, index): some(key, index) for key, indices in stacks.items() for index in indices}
+        return self.placement.run(lambda given: (given, _NEVER), groups, given)[0]
 
     def _refreshed(
         self,

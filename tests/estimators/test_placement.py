@@ -104,6 +104,25 @@ def test_what_is_kept_in_parts_is_the_same_curvature(block):
     close(found, whole.solve(whole.redamp(alone, vector, 0.3), vector))
 
 
+@pytest.mark.parametrize(("block", "kind"), [("own", "explicit"), ("diagonalized", "automatic")])
+def test_parts_of_what_was_gathered_are_the_same_bits(block, kind):
+    """Also on another number of devices; what is put there is as what a refresh leaves there."""
+    mesh, fewer = (jax.make_mesh((n,), ("data",), axis_types=(KINDS[kind],)) for n in (4, 3))
+    with jax.set_mesh(mesh) if kind == "explicit" else contextlib.nullcontext():
+        estimator, parts, vector = refreshed(mesh, placed(mesh), BLOCKS[block])
+        whole = estimator.gathered(parts)
+        again = estimator.placed(whole, vector)
+    assert bool(eqx.tree_equal(again, parts))
+    pairs = zip(jax.tree.leaves(again), jax.tree.leaves(parts), strict=True)
+    assert all(x.sharding.is_equivalent_to(y.sharding, x.ndim) for x, y in pairs)
+    with jax.set_mesh(fewer) if kind == "explicit" else contextlib.nullcontext():
+        state = placed(fewer).placed(on_mesh(whole, fewer), on_mesh(vector, fewer))
+        assert [shard.data.shape[0] for shard in state.inverses.rows.addressable_shards] == [1] * 3
+        assert bool(eqx.tree_equal(jax.device_get(placed(fewer).gathered(state)), jax.device_get(whole)))
+    with pytest.raises(ValueError, match="A vector has the blocks"):
+        estimator.placed(whole, parameters(kfax.tag(Net().head)))
+
+
 def test_two_batches_and_one_that_is_not_finite():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     model, vector = on_mesh(kfax.tag(Net()), mesh), None

@@ -80,7 +80,7 @@ class SampleSpaceCurvature(CurvatureEstimator):
     together have no more numbers than that. The pass that makes a part takes memory of its own: about as much again for
     dense layers, and half as much if R is made as a whole. The state has `2 m²` numbers, the batch and the parameters.
     A `solve` takes one product with R and one with its transpose: a pass forward and one backward. Models may be
-    untagged.
+    untagged. The state holds the batch, so that its structure changes at the first update: a step is compiled twice.
 
     ??? cite "Source"
         Chen & Heyl 2024, arXiv:2302.01941 (MinSR); Goldshlager, Abrahamsen & Lin 2024, arXiv:2401.10190, section 3

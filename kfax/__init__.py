@@ -49,6 +49,9 @@ from ._estimators import (
     PlacedState as PlacedState,
     Placement as Placement,
     SampledFisher as SampledFisher,
+    SampleSpaceBatch as SampleSpaceBatch,
+    SampleSpaceCurvature as SampleSpaceCurvature,
+    SampleSpaceState as SampleSpaceState,
 )
 from ._layers import (
     Blocks as Blocks,
@@ -80,6 +83,8 @@ from ._layers import (
 )
 from ._losses import (
     check_loss as check_loss,
+    energy_loss as energy_loss,
+    EnergyLoss as EnergyLoss,
     function_loss as function_loss,
     FunctionLoss as FunctionLoss,
     gaussian_nll as gaussian_nll,
@@ -124,6 +129,7 @@ from ._optimizer import (
     OptimizerState as OptimizerState,
     Preconditioner as Preconditioner,
     PreconditionerState as PreconditionerState,
+    ProjectedMomentum as ProjectedMomentum,
     QuadraticModel as QuadraticModel,
     Rejection as Rejection,
     RelativeDamping as RelativeDamping,

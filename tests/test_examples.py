@@ -17,6 +17,7 @@ VARIANTS = {
     "ensemble_sweep": [[]],
     "lora": [[]],
     "custom_loss": [[]],
+    "helium": [[]],
     "optax_chain": [[]],
     "preconditioned_cg": [[]],
 }
@@ -28,6 +29,7 @@ PRINTED = {
     "ensemble_sweep": ("averaged predictions", "sweep"),
     "lora": ("K-FAC", "Adam", "before"),
     "custom_loss": ("Student's t", "squared error", "distance"),
+    "helium": ("SPRING", "Adam", "variance"),
     "optax_chain": ("scale_by_curvature", "scale_by_adam"),
     "preconditioned_cg": ("no preconditioner", "diagonal", "exact damping"),
 }

@@ -219,9 +219,11 @@ def _random_weights(number: int) -> np.ndarray:
 
 
 def _values(linearization: Linearization) -> tuple[Array, dict[str, Bool[Array, ""]]]:
-    """The loss, and for each layer whether its gradient is finite."""
-    gradients = to_matrices(linearization.gradient())
-    return linearization.evaluation.value(), {path: jnp.all(jnp.isfinite(g)) for path, g in gradients.items()}
+    """The loss, and for each array of parameters whether its gradient is finite. Of tagged models or others."""
+    leaves = jax.tree_util.tree_leaves_with_path(linearization.gradient())
+    return linearization.evaluation.value(), {
+        jax.tree_util.keystr(path): jnp.all(jnp.isfinite(g)) for path, g in leaves
+    }
 
 
 def _compare(

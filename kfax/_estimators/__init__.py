@@ -21,6 +21,11 @@ from .implicit_exact import (
 from .placed import PlacedCurvature as PlacedCurvature, PlacedState as PlacedState
 from .placement import Placement as Placement
 from .products import Hessian as Hessian
+from .sample_space import (
+    SampleSpaceBatch as SampleSpaceBatch,
+    SampleSpaceCurvature as SampleSpaceCurvature,
+    SampleSpaceState as SampleSpaceState,
+)
 from .sources import (
     check_deterministic as check_deterministic,
     CotangentSource as CotangentSource,
@@ -31,3 +36,7 @@ from .sources import (
     ExactGGN as ExactGGN,
     SampledFisher as SampledFisher,
 )
+
+
+# Those whose state holds a batch.
+OF_ONE_BATCH = (ImplicitExactCurvature, SampleSpaceCurvature)

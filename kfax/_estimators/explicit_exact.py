@@ -11,15 +11,17 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .._blocks import check_inversion, Cholesky, immovable, Inverse, Inversion, Product
 from .._capture import check_values, Linearization, linearize, Problem
-from .._layers import parameters_of
+from .._layers import any_parameters_of
+from .._losses import Loss
 from .._math import linalg
 from .._math.moving_average import MovingAverage
 from .._math.scalars import within_unit
-from .._math.tree import all_finite, select
+from .._math.tree import all_finite, anywhere, cond, select
 from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
 from .base import CurvatureEstimator, inverse_of, operator_of, total_weight
 from .damping import damping_by_parameter
 from .eigendecomposition import DenseEigendecomposition
+from .examples import rows_of_examples
 from .products import check_layout, check_matrix, compare_layouts, dense, Hessian, Layout, layout_of, linear_map
 from .sources import CurvatureSource, ExactGGN
 
@@ -53,10 +55,20 @@ class ExplicitExactCurvature(CurvatureEstimator):
 
     with J the derivative of all outputs in the parameters, H what the source says (estimated, if it draws random
     numbers), and N examples; or the Hessian of the whole objective. Batch normalization and whatever else mixes
-    examples is differentiated through.
+    examples is differentiated through, as are derivatives of the model within the loss.
 
-    An update takes a pass forward and one backward for each of the P parameters, whatever the number of outputs. The
-    state takes memory for `2 P²` numbers, a refresh about `2 P³` flops.
+    Of a source of K cotangents the matrix is made from N K gradients of examples, with `2 N K P²` flops, in parts: no
+    more numbers of the Jacobian are held at a time than the matrix has, or than 4 million. For that the batch is taken
+    apart. Arrays that have as many rows as there are examples have them along axis 0; or, if none has, all arrays are
+    of sets of examples, which follow one another in the outputs in the order in which the arrays stand in the batch (of
+    a dictionary, in that of its keys). At each update a sum of those gradients with random signs is compared with that
+    of the whole batch. If it differs by more than rounding, because examples see each other or the batch is put
+    together in another way, the matrix is made by products: a pass forward and one backward for each of the P
+    parameters. So is that of a [`kfax.Hessian`][] or of a loss without a factor, and where a batch cannot be taken
+    apart. It is the same matrix in any case.
+
+    Products of the model are made at the highest precision. The model may be untagged. The state takes memory for
+    `2 P²` numbers, a refresh about `2 P³` flops.
     """
 
     source: CurvatureSource | Hessian
@@ -88,7 +100,7 @@ class ExplicitExactCurvature(CurvatureEstimator):
         self.max_dim = max_dim
 
     def init(self, model: Model, *, frozen: Where | None = None) -> ExplicitExactState:
-        parameters = parameters_of(model, frozen=frozen)
+        parameters = any_parameters_of(model, frozen)
         flat = jax.eval_shape(lambda: ravel_pytree(parameters)[0])
         if flat.size > self.max_dim:
             gigabytes = flat.size**2 * flat.dtype.itemsize / 1e9
@@ -111,10 +123,11 @@ class ExplicitExactCurvature(CurvatureEstimator):
         return linearize(problem)
 
     def measure(self, linearization: Linearization, key: PRNGKey | None) -> ExplicitExactBatch:
-        parameters = linearization.problem.parameters
-        matrix = dense(linear_map(self.source, linearization.problem, key), parameters)
-        matrix = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
-        return ExplicitExactBatch(MovingAverage(matrix, total_weight(linearization.losses)), layout_of(parameters))
+        problem, losses = linearization.problem, linearization.losses
+        # Its errors are to be those of the dtype, and the two ways to compare up to rounding.
+        with jax.default_matmul_precision("highest"):
+            matrix = self._matrix(problem, losses, key)
+        return ExplicitExactBatch(MovingAverage(matrix, total_weight(losses)), layout_of(problem.parameters))
 
     def fold(self, state: ExplicitExactState, measured: ExplicitExactBatch) -> ExplicitExactState:
         compare_layouts(measured.layout, state.layout)
@@ -228,5 +241,31 @@ class ExplicitExactCurvature(CurvatureEstimator):
     def as_preconditioner(self, state: ExplicitExactState, parameters: Parameters) -> lx.AbstractLinearOperator:
         return inverse_of(lambda v: self.solve(state, v), parameters)
 
+    def _matrix(self, problem: Problem, losses: tuple[Loss, ...], key: PRNGKey | None) -> Float[Array, "p p"]:
+        """The matrix of one batch: from the gradients of examples, or else by products."""
+        size = sum(leaf.size for leaf in jax.tree.leaves(problem.parameters))
+
+        def by_products():
+            matrix = dense(linear_map(self.source, problem, key), problem.parameters)
+            return matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+
+        rows = None if isinstance(self.source, Hessian) else rows_of_examples(self.source, problem, losses, key)
+        if rows is None:
+            return by_products()
+
+        def add(total, rows, numbers):
+            del numbers
+            flat = rows.reshape(-1, size)
+            return total + linalg.matmul(flat.T, flat)
+
+        matrix = jnp.zeros((size, size), jnp.result_type(jnp.float32, *jax.tree.leaves(problem.parameters)))
+        at_a_time = max(size**2, _MIN_NUMBERS) // (rows.width * size)
+        matrix, is_right = rows.checked_fold(add, matrix, max(at_a_time, 1))
+        return cond(anywhere(~is_right), by_products, lambda: matrix)
+
     def _product(self, matrix: Float[Array, "p p"]) -> Product:
         return Product(None, matrix, 0, is_psd=not isinstance(self.source, Hessian))
+
+
+# So many numbers of the Jacobian are held at a time in any case: 32 MB in float64.
+_MIN_NUMBERS = 2**22

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .._capture import check_values, Cotangents, Linearization, linearize, linearize_outputs, Outputs, Problem
-from .._layers import parameters_of
+from .._layers import any_parameters_of
 from .._math.mesh import on_automatic_axes
 from .._math.tree import combine, inner_products, norm, select, zeros_like
 from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
@@ -103,7 +103,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
 
     def init(self, model: Model, *, frozen: Where | None = None) -> ImplicitExactState:
         inner = None if self.preconditioner is None else self.preconditioner.init(model, frozen=frozen)
-        return ImplicitExactState(None, None, zeros_like(wide(parameters_of(model, frozen=frozen))), inner)
+        return ImplicitExactState(None, None, zeros_like(wide(any_parameters_of(model, frozen))), inner)
 
     def check(self, problem: Problem) -> None:
         check_values(problem) if self.preconditioner is None else self.preconditioner.check(problem)

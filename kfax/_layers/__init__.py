@@ -22,6 +22,7 @@ from .linear import TaggedLinear as TaggedLinear
 from .module import TaggedModule as TaggedModule
 from .recurrent import TaggedGRUCell as TaggedGRUCell, TaggedLSTMCell as TaggedLSTMCell
 from .registry import (
+    any_parameters_of as any_parameters_of,
     default_registry as default_registry,
     parameters_of as parameters_of,
     Registry as Registry,

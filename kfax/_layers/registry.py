@@ -275,12 +275,7 @@ def split_parameters(model: Model, frozen: Where | None) -> tuple[Parameters, Mo
     if missing:
         raise ValueError(_untagged_message(model, missing))
     parameters, rest = eqx.partition(model, spec)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
-        if jnp.iscomplexobj(leaf):
-            raise ValueError(
-                f"The parameter at `{jax.tree_util.keystr(path)}` is complex, and kfax trains real parameters: hold "
-                "its real and imaginary parts as two arrays, or freeze it with `frozen=`."
-            )
+    _check_real(parameters)
     for path, layer in tagged_layers(parameters).items():
         if unlisted(layer):
             raise ValueError(
@@ -294,6 +289,29 @@ def split_parameters(model: Model, frozen: Where | None) -> tuple[Parameters, Mo
             "`frozen` selects."
         )
     return parameters, rest
+
+
+def any_parameters_of(model: Model, frozen: Where | None) -> Parameters:
+    """What is trained of a model, tagged or not, for what needs no blocks.
+
+    **Raises:** `ValueError` if a parameter is complex, or if there is none to train.
+    """
+    parameters = parameters_of(model, frozen=frozen)
+    _check_real(parameters)
+    if not jax.tree.leaves(parameters):
+        raise ValueError(
+            "The model has no parameter to train. Parameters are floating-point arrays, less what `frozen` selects."
+        )
+    return parameters
+
+
+def _check_real(parameters: Parameters) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+        if jnp.iscomplexobj(leaf):
+            raise ValueError(
+                f"The parameter at `{jax.tree_util.keystr(path)}` is complex, and kfax trains real parameters: hold "
+                "its real and imaginary parts as two arrays, or freeze it with `frozen=`."
+            )
 
 
 def trainable(model: Model, frozen: Where | None) -> PyTree:

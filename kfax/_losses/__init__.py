@@ -8,6 +8,7 @@ from .categorical import (
     SoftmaxCrossEntropy as SoftmaxCrossEntropy,
 )
 from .check import check_loss as check_loss
+from .energy import energy_loss as energy_loss, EnergyLoss as EnergyLoss
 from .function import function_loss as function_loss, FunctionLoss as FunctionLoss
 from .gaussian import squared_error as squared_error, SquaredError as SquaredError
 from .learned_variance import gaussian_nll as gaussian_nll, GaussianNLL as GaussianNLL

@@ -17,7 +17,11 @@ from .preconditioner import (
 )
 from .presets import full_batch as full_batch, stochastic as stochastic
 from .quadratic import QuadraticModel as QuadraticModel
-from .rescale import NormConstraint as NormConstraint, Rejection as Rejection
+from .rescale import (
+    NormConstraint as NormConstraint,
+    ProjectedMomentum as ProjectedMomentum,
+    Rejection as Rejection,
+)
 from .state import (
     LayerNorms as LayerNorms,
     OptimizerState as OptimizerState,

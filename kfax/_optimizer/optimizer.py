@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
 from .._capture import linearize, Problem, split_key
-from .._estimators import CurvatureEstimator, ExplicitExactCurvature, ImplicitExactCurvature, measured_across
-from .._layers import split_parameters
+from .._estimators import CurvatureEstimator, ExplicitExactCurvature, measured_across
+from .._layers import any_parameters_of
 from .._math.mesh import on_automatic_axes
 from .._math.scalars import nonnegative, not_a_class, positive, within_closed_unit
 from .._math.tree import anywhere, cond, is_traced, zeros_like
@@ -20,7 +20,7 @@ from .l2 import L2
 from .objective import Objective, objective_on, problem_with
 from .preconditioner import check_period, Preconditioner
 from .quadratic import QuadraticModel
-from .rescale import NormConstraint, Rejection
+from .rescale import NormConstraint, ProjectedMomentum, Rejection
 from .state import OptimizerState, parameters_for, StepInfo
 from .step import Coefficient, Overrides, StepRules
 
@@ -58,7 +58,7 @@ class Optimizer(eqx.Module):
         loss_fn: Callable,
         *,
         learning_rate: ArrayLike | Schedule | QuadraticModel | NormConstraint,
-        momentum: ArrayLike | Schedule | QuadraticModel,
+        momentum: ArrayLike | Schedule | QuadraticModel | ProjectedMomentum,
         damping: ArrayLike | Schedule | DampingRule | RelativeDamping,
         l2: ArrayLike | L2 | None = None,
         preconditioner: Preconditioner | None = None,
@@ -74,7 +74,7 @@ class Optimizer(eqx.Module):
             `(losses, aux)`; if it takes a model state, `(losses, model_state)` or `(losses, model_state, aux)`.
         - `learning_rate`: α ≥ 0, a number, a schedule (a function of the step, as those of optax),
             [`kfax.QuadraticModel`][] or [`kfax.NormConstraint`][].
-        - `momentum`: β in [0, 1], a number, a schedule or [`kfax.QuadraticModel`][].
+        - `momentum`: β in [0, 1], a number, a schedule, [`kfax.QuadraticModel`][] or [`kfax.ProjectedMomentum`][].
         - `damping`: λ > 0, a number, a schedule, a rule such as [`kfax.LevenbergMarquardt`][], or one of these relative
             to the curvature, [`kfax.RelativeDamping`][]. [loss/param²]
         - `l2`: η, a number, or a [`kfax.L2`][] for some of the parameters; none, if not given. [loss/param²]
@@ -99,6 +99,10 @@ class Optimizer(eqx.Module):
             raise ValueError(f"`rejection` must be `kfax.Rejection()` or `None`, got {rejection!r}.")
         if isinstance(momentum, NormConstraint):
             raise ValueError("`kfax.NormConstraint` is for the learning rate. `momentum` is a number or a schedule.")
+        if isinstance(learning_rate, ProjectedMomentum):
+            raise ValueError("`kfax.ProjectedMomentum` is for the momentum. `learning_rate` is a number or a schedule.")
+        if isinstance(momentum, ProjectedMomentum) and preconditioner.exponent != -1:
+            raise ValueError("`kfax.ProjectedMomentum` needs an inverse: give the preconditioner an `exponent` of -1.")
         self.loss_fn = loss_fn
         self.learning_rate = _coefficient("learning_rate", learning_rate)
         self.momentum = _coefficient("momentum", momentum)
@@ -106,16 +110,7 @@ class Optimizer(eqx.Module):
             if learning_rate != momentum:
                 raise ValueError("Learning rate and momentum must be chosen by one `kfax.QuadraticModel`.")
         self.damping = own_damping(damping)
-        if isinstance(damping, RelativeDamping) and isinstance(preconditioner.estimator, ImplicitExactCurvature):
-            raise ValueError(
-                "`kfax.RelativeDamping` needs the diagonal of the curvature, which `kfax.ImplicitExactCurvature` has "
-                "not. Give λ itself, or use `kfax.BlockDiagonalCurvature`."
-            )
-        if isinstance(preconditioner.estimator, ImplicitExactCurvature) and micro_batches != 1:
-            raise ValueError(
-                "`kfax.ImplicitExactCurvature` needs its batch whole: `micro_batches` must be 1. For other estimators "
-                "the batch is run in parts."
-            )
+        preconditioner.check_one_batch(is_relative=isinstance(damping, RelativeDamping), micro_batches=micro_batches)
         self.l2 = l2 if isinstance(l2, L2) else L2(l2)
         if isinstance(preconditioner.estimator, ExplicitExactCurvature) and preconditioner.exponent != -1:
             if self.l2.where is not None:
@@ -138,7 +133,7 @@ class Optimizer(eqx.Module):
     def init(self, model: Model, batch: Any, *, key: PRNGKey | None = None, model_state: Any = None) -> OptimizerState:
         """**Arguments:**
 
-        - `model`: the tagged model.
+        - `model`: the tagged model. For an exact estimator, which needs no layers, it may be untagged.
         - `batch`: as for `step`. Used only to check model and `loss_fn`, by [`kfax.check`][] (of which an exact
             estimator needs only that loss and gradient are finite). That takes values: inside `jit` and the like there
             is no such check.
@@ -148,7 +143,7 @@ class Optimizer(eqx.Module):
 
         **Raises:** `ValueError` for a parameter without a block, and all that `kfax.check` raises.
         """
-        parameters, _ = split_parameters(model, self.frozen)
+        parameters = any_parameters_of(model, self.frozen)
         self.l2.mask(model, parameters)
         rule, start = self._rules.rule, zeros_like(jax.ShapeDtypeStruct((), jnp.int32))
         positive("damping", rule.value(rule.init(), start))
@@ -343,6 +338,6 @@ _MAX_TRIALS = 100
 
 
 def _coefficient(name: str, value: Any) -> Coefficient:
-    if isinstance(value, QuadraticModel | NormConstraint) or callable(not_a_class(name, value)):
+    if isinstance(value, QuadraticModel | NormConstraint | ProjectedMomentum) or callable(not_a_class(name, value)):
         return value
     return within_closed_unit(name, value) if name == "momentum" else nonnegative(name, value)

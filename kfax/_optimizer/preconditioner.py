@@ -13,8 +13,9 @@ from .._estimators import (
     BlockDiagonalCurvature,
     CurvatureEstimator,
     Eigendecomposition,
-    ImplicitExactCurvature,
+    OF_ONE_BATCH,
     PlacedCurvature,
+    SampleSpaceCurvature,
 )
 from .._math.scalars import nonnegative
 from .._math.tree import anywhere, cond, keep_finite, mean, zeros_like
@@ -114,9 +115,13 @@ class Preconditioner(eqx.Module):
                 )
         else:
             check_period("inverse_update_period", inverse_update_period)
-        if isinstance(estimator, ImplicitExactCurvature) and curvature_update_period != 1:
+        if isinstance(estimator, OF_ONE_BATCH) and curvature_update_period != 1:
+            name = type(estimator).__name__
+            raise ValueError(f"`kfax.{name}` is that of the present batch: its `curvature_update_period` must be 1.")
+        if isinstance(estimator, SampleSpaceCurvature) and (inverse_update_period != 1 or exponent != -1):
             raise ValueError(
-                "`kfax.ImplicitExactCurvature` is that of the present batch: its `curvature_update_period` must be 1."
+                "`kfax.SampleSpaceCurvature` inverts the matrix of each batch: write "
+                "`kfax.Preconditioner(kfax.SampleSpaceCurvature(), inverse_update_period=1)`, without an `exponent`."
             )
         self.estimator = estimator
         self.damping = DampingMultiple(1.0) if damping is None else check_blind("damping", as_damping_rule(damping))
@@ -124,6 +129,22 @@ class Preconditioner(eqx.Module):
         self.exponent = float(exponent)
         self.inverse_update_period = inverse_update_period
         self.curvature_update_period = curvature_update_period
+
+    def check_one_batch(self, is_relative: bool, micro_batches: int) -> None:
+        """Raises an error for what cannot be had of an estimator that holds one batch and has no diagonal."""
+        if not isinstance(self.estimator, OF_ONE_BATCH):
+            return
+        name = type(self.estimator).__name__
+        if is_relative:
+            raise ValueError(
+                f"`kfax.RelativeDamping` needs the diagonal of the curvature, which `kfax.{name}` has not. Give λ "
+                "itself, or use `kfax.BlockDiagonalCurvature`."
+            )
+        if micro_batches != 1:
+            raise ValueError(
+                f"`kfax.{name}` needs its batch whole: `micro_batches` must be 1. For other estimators the batch is "
+                "run in parts."
+            )
 
     def init(self, model: Model, parameters: Parameters, frozen: Where | None) -> PreconditionerState:
         curvature, eigendecomposition = self.estimator.init(model, frozen=frozen), None

@@ -1,4 +1,4 @@
-"""What keeps a step from going too far: a bound on its length, and the undoing of steps that failed."""
+"""What keeps a step from going too far: a bound, a projection of the momentum, and the undoing of steps that failed."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
-from .._math.scalars import nonnegative, positive
+from .._math.scalars import nonnegative, positive, within_closed_unit
 from .._math.types import Scalar, Schedule
 
 
@@ -47,6 +47,38 @@ def limit(learning_rate: Scalar, squared_norm: Scalar, bound: Scalar) -> Scalar:
     length = learning_rate**2 * squared_norm
     too_long = ~(length <= bound)  # or one of them is NaN
     return learning_rate * jnp.where(too_long, jnp.sqrt(bound / jnp.where(too_long, length, 1)), 1)
+
+
+class ProjectedMomentum(eqx.Module):
+    r"""A momentum that goes on only where the batch is silent: what the curvature sees of the velocity is taken out.
+
+    $$\delta_t = -\alpha\, (\hat C + \lambda I)^{-1} \nabla h + \beta\, \lambda (\hat C + \lambda I)^{-1} \delta_{t-1}$$
+
+    With a constant learning rate this is the update $\delta_t = -\alpha \varphi_t$ of the φ for which
+
+    $$\varphi^\top \nabla h - \tfrac12 \varphi^\top \hat C \varphi
+    - \tfrac\lambda2 \lVert \varphi - \beta \varphi_{t-1} \rVert^2$$
+
+    is largest: in what the batch leaves open, the last one. For curvatures of far fewer examples than parameters, such
+    as that of [`kfax.SampleSpaceCurvature`][]. Costs another solve. A velocity that is kept after an undone step is
+    projected as well.
+
+    ??? cite "Source"
+        Goldshlager, Abrahamsen & Lin 2024, arXiv:2401.10190, section 3 (SPRING). Differs: the update as it was taken
+        is carried on, with its learning rate.
+    """
+
+    momentum: Scalar | Schedule
+
+    def __init__(self, momentum: ArrayLike | Schedule = 0.99):
+        """**Arguments:**
+
+        - `momentum`: β in [0, 1], a number or a schedule.
+
+        **Raises:** `ValueError` for values out of their range.
+        """
+        is_schedule = isinstance(momentum, Callable)
+        self.momentum = momentum if is_schedule else within_closed_unit("momentum", momentum)
 
 
 class Rejection(eqx.Module):

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Bool
 
-from .._layers import parts, split_parameters, to_matrices
+from .._layers import any_parameters_of, parts, to_matrices
 from .._math.tree import is_traced, norm
 from .._math.types import Counter, Model, Parameters, Scalar, Where
 from .preconditioner import PreconditionerState
@@ -149,7 +149,7 @@ def parameters_for(state: OptimizerState, model: Model, frozen: Where | None) ->
             f"The optimizer's state is what `optimizer.init(model, batch)` returned, got {type(state).__name__}. Were "
             "the arguments of `step(model, state, batch)` swapped?"
         )
-    parameters, _ = split_parameters(model, frozen)
+    parameters = any_parameters_of(model, frozen)
 
     def shapes(tree):
         return {key: part.operation.shape() for key, part in parts(tree).items()}
@@ -162,9 +162,13 @@ def parameters_for(state: OptimizerState, model: Model, frozen: Where | None) ->
                 f"The optimizer's state was made for another model: at `{path}` it has {was}, but the model has {now}. "
                 "Call `optimizer.init(model, batch)` for the changed model (or was `frozen` changed?)."
             )
-    if jax.tree.structure(state.velocity) != jax.tree.structure(parameters):
+    if _layout(state.velocity) != _layout(parameters):
         raise ValueError(
-            "The optimizer's state was made for a model of another structure (other blocks, or static fields). Call "
-            "`optimizer.init(model, batch)` for the changed model."
+            "The optimizer's state was made for a model of another structure (other blocks, shapes, or static fields). "
+            "Call `optimizer.init(model, batch)` for the changed model."
         )
     return parameters
+
+
+def _layout(tree: Parameters) -> Any:
+    return jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)]

@@ -16,11 +16,11 @@ from .l2 import L2
 from .objective import Objective
 from .preconditioner import Preconditioner, PreconditionerState
 from .quadratic import Plane, QuadraticModel
-from .rescale import limit, NormConstraint, Rejection
+from .rescale import limit, NormConstraint, ProjectedMomentum, Rejection
 from .state import layer_norms, OptimizerState, StepInfo, StepResult
 
 
-Coefficient = Scalar | Schedule | QuadraticModel | NormConstraint
+Coefficient = Scalar | Schedule | QuadraticModel | NormConstraint | ProjectedMomentum
 
 
 class Overrides(eqx.Module):
@@ -56,7 +56,7 @@ class ProposedStep(eqx.Module):
 
     **Fields:**
 
-    - `directions`: the preconditioned gradient, downwards, and the velocity.
+    - `directions`: the preconditioned gradient, downwards, and the velocity, or what a projection leaves of it.
     - `descent_norm`, `norm`: of the preconditioned gradient, and of the update.
     - `is_finite`: whether update and parameters after it are.
     - `coefficients`: learning rate and momentum.
@@ -153,7 +153,11 @@ class StepRules(eqx.Module):
         damping, damped = self.dampings(settings.damping, state, parameters, l2)
         preconditioner, failed = self.preconditioner.maybe_refresh(state.preconditioner, parameters, damped, state.step)
         descent = combine((-1,), (self.preconditioner.apply(preconditioner, objective.gradient, damped),))
-        directions = (descent, state.velocity)
+        carried = state.velocity
+        if isinstance(self.momentum, ProjectedMomentum):
+            own = nonnegative("damping", self.preconditioner.damping.value(damping, state.step))
+            carried = combine((own,), (self.preconditioner.apply(preconditioner, carried, damped),))
+        directions = (descent, carried)
         plane = objective.plane(directions)
         coefficients, predicted = self._coefficients(objective, settings, damping, directions, plane, state.step)
         dtype, both = objective.loss.dtype, jnp.stack(coefficients)
@@ -306,6 +310,8 @@ def _choose(
         return given
     if isinstance(coefficient, NormConstraint):
         coefficient = coefficient.learning_rate
+    if isinstance(coefficient, ProjectedMomentum):
+        coefficient = coefficient.momentum
     if isinstance(coefficient, QuadraticModel):
         return None
     return scheduled(name, coefficient, step, check) if callable(coefficient) else coefficient

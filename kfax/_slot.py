@@ -251,25 +251,26 @@ def _observer(slot: Slot, x_ndims: PyTree, y_ndims: PyTree, is_tangent: bool = F
             return observer(*primals), again(dy, dx, value, *others)
 
         def transpose(_, cotangents):
-            statistic = on_automatic_axes(fold)(value, *others, x, cotangents[0])
+            dy, slots = cotangents
+            statistic = on_automatic_axes(fold)(tie(value, slots), *others, x, dy)
             cotangent = jax.tree.map(lambda v, s: jnp.asarray(s, v.dtype), value, statistic)
             # Also what is constant, such as a count of rows, must be as mapped (or device-varying) as the slot is.
-            return cotangents[0], tie(cotangent, value)
+            return dy, tie(cotangent, value)
 
         # A linear function that passes `dy` on, with a transpose of its own: JAX has them as solvers, all of whose
         # inputs must be linear. `dy` gets the axes of `y`; of a bias alone, say, it is the same for all examples.
-        given = tie(_instantiated(dy, y), (y, others[1])), _instantiated(dvalue, value)
-        zero = sum(jnp.sum(leaf.ravel()[:0]) for leaf in jax.tree.leaves(given[1]))
-        given = jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), given)
+        dvalue = _instantiated(dvalue, value)
+        zero = sum(jnp.sum(leaf.ravel()[:0]) for leaf in jax.tree.leaves(dvalue))
+        given = tie(_instantiated(dy, y, zero), (y, others[1])), dvalue
         solution = jax.lax.custom_linear_solve(lambda b: b, given, lambda _, b: b, transpose)
         return _depend(y, others[1]), solution[0]
 
     return observer
 
 
-def _instantiated(tangent: PyTree, like: PyTree) -> PyTree:
-    """Tangents as arrays; of integers, in place of theirs, zeros."""
-    return jax.tree.map(lambda t, x: jnp.zeros_like(x) if isinstance(t, SymbolicZero) else t, tangent, like)
+def _instantiated(tangent: PyTree, like: PyTree, zero: ArrayLike = 0) -> PyTree:
+    """Tangents as arrays, with this zero where they are zeros; of integers, in place of theirs, zeros."""
+    return jax.tree.map(lambda t, x: jnp.full_like(x, zero) if isinstance(t, SymbolicZero) else t, tangent, like)
 
 
 def _depend(y: ArrayTree, marker: Int[Array, ""] | None) -> ArrayTree:

@@ -232,7 +232,7 @@ class PlacedCurvature(CurvatureEstimator):
         **Raises:** `ValueError` for a state of other parameters.
         """
         blocks_of(parameters, state.shapes)
-        groups = self.placement.groups(costs_of(self._pieces(parameters)))
+        groups = groups_of(costs_of(self._pieces(parameters)), self.placement.num_devices)
         average, inverses = (self._shared_out(groups, by_key) for by_key in (state.average.value, state.inverses))
         return PlacedState(MovingAverage(average, state.average.weight), inverses, state.shapes)
 

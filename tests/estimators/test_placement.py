@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import re
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -221,14 +222,16 @@ def test_rows_of_different_lengths_are_summed():
     model = on_mesh(kfax.tag(eqx.nn.Sequential(layers)), mesh)
     batch = on_mesh((BATCH[0].reshape(8, -1)[:, :9], BATCH[1] % 2), mesh, "data")
     solutions = []
-    for estimator in (kfax.BlockDiagonalCurvature(), everywhere(mesh), placed(mesh)):
+    estimators: list[Any] = [kfax.BlockDiagonalCurvature(), everywhere(mesh), placed(mesh)]
+    for estimator in estimators:
 
         def run(model, batch, estimator=estimator):
             state = estimator.update(estimator.init(model), loss_fn, model, batch, key=KEYS[5])
             state = estimator.refresh(state, parameters(model), 0.1)
             return state, (estimator.solve(state, parameters(model)), estimator.to_dense(state, parameters(model)))
 
-        compiled = eqx.filter_jit(run).lower(model, batch).compile()
+        run_jitted: Any = eqx.filter_jit(run)
+        compiled = run_jitted.lower(model, batch).compile()
         state, solution = compiled(model, batch)
         solutions.append(solution)
         if isinstance(state, kfax.PlacedState):

@@ -32,11 +32,11 @@ class Block(eqx.Module):
     norms: list[eqx.nn.LayerNorm]
     rotation: eqx.nn.RotaryPositionalEmbedding
 
-    def __init__(self, key):
-        self.attention = eqx.nn.MultiheadAttention(HEADS, WIDTH, key=jax.random.fold_in(key, 0))
-        self.mlp = eqx.nn.MLP(WIDTH, WIDTH, 4 * WIDTH, 1, jax.nn.gelu, key=jax.random.fold_in(key, 1))
-        self.norms = [eqx.nn.LayerNorm(WIDTH), eqx.nn.LayerNorm(WIDTH)]
-        self.rotation = eqx.nn.RotaryPositionalEmbedding(WIDTH // HEADS)  # without parameters
+    def __init__(self, key, width=WIDTH, heads=HEADS):
+        self.attention = eqx.nn.MultiheadAttention(heads, width, key=jax.random.fold_in(key, 0))
+        self.mlp = eqx.nn.MLP(width, width, 4 * width, 1, jax.nn.gelu, key=jax.random.fold_in(key, 1))
+        self.norms = [eqx.nn.LayerNorm(width), eqx.nn.LayerNorm(width)]
+        self.rotation = eqx.nn.RotaryPositionalEmbedding(width // heads)  # without parameters
 
     def __call__(self, x, *, key=None):
         y, rotate = jax.vmap(self.norms[0])(x), jax.vmap(self.rotation, in_axes=1, out_axes=1)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from .._layers import Borrowed, borrowed, fill_slots, parameters_of, Part, parts, split_parameters, trainable
 from .._losses import Loss
-from .._math.tree import tie
+from .._math.tree import is_traced, tie
 from .._math.types import ArrayTree, Model, Parameters, PRNGKey, PyTree, Where
 from .._operations import Operation
 from .._slot import ExampleAxis, Slot, Use
@@ -144,11 +144,12 @@ def linearize_outputs(problem: Problem) -> Outputs:
 
     pull, push, arrays = _forwards(outputs, parameters) or _backwards(outputs, parameters)
 
-    @jax.jit  # to be traced once for several vectors
     def explained(vector):
         with _explained(_PUSH):
             return push(on_each(problem.loss_fn, vector))
 
+    # In a compiled program it is traced once for several vectors; outside of one it would be compiled for each batch.
+    explained = jax.jit(explained) if is_traced(problem) else explained
     return Outputs(eqx.combine(arrays, rest[-1]), pull, explained)
 
 

@@ -14,6 +14,7 @@ from .._blocks import immovable, Inverse
 from .._capture import check_observed, Linearization, linearize, Problem, Reading
 from .._layers import from_matrices, Part, parts, split_parameters, to_matrices
 from .._math import linalg
+from .._math.mesh import on_automatic_axes
 from .._math.moving_average import MovingAverage
 from .._math.scalars import within_unit
 from .._math.tree import all_finite, keep_finite, select
@@ -114,7 +115,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         return MovingAverage(self._statistics(linearization, found, key), total_weight(linearization.losses))
 
     def fold(self, state: BlockDiagonalState, measured: MovingAverage) -> BlockDiagonalState:
-        _check_keys(state, measured.value)
+        check_keys(state.inverses, measured.value)
         average = state.average.update(measured.value, self.decay, measured.weight)
         return BlockDiagonalState(average, state.inverses, state.shapes)
 
@@ -134,6 +135,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
     def add(self, measured: MovingAverage, more: MovingAverage) -> MovingAverage:
         return measured.update(more.value, jnp.ones(()), more.weight)
 
+    @on_automatic_axes
     def refresh(
         self,
         state: BlockDiagonalState,
@@ -311,9 +313,10 @@ def _read_statistics(part: Part, num_examples: int) -> Reading:
     return Reading(block.slot(shape, num_examples), statistic, block.is_sum)
 
 
-def _check_keys(state: BlockDiagonalState, found: Collection[str]) -> None:
-    if set(found) != set(state.inverses):
-        raise ValueError(f"A vector has the blocks {list(found)}, the state {list(state.inverses)}. {VECTORS}")
+def check_keys(known: Collection[str], found: Collection[str]) -> None:
+    """Raises an error if what was found has other blocks than a state."""
+    if set(found) != set(known):
+        raise ValueError(f"A vector has the blocks {list(found)}, the state {list(known)}. {VECTORS}")
 
 
 def _by_key(

@@ -19,7 +19,7 @@ from .._math.tree import all_finite, keep_finite, select
 from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
 from .base import CurvatureEstimator, inverse_of, operator_of
 from .block_curvature import BlockCurvature
-from .block_diagonal import BlockDiagonalCurvature, BlockDiagonalState
+from .block_diagonal import BlockDiagonalCurvature, BlockDiagonalState, check_keys
 from .damping import damping_by_key, damping_by_parameter
 from .eigendecomposition import BlockEigendecomposition
 from .placement import Groups, Kept, Placement
@@ -46,9 +46,11 @@ class PlacedCurvature(CurvatureEstimator):
     """A block-diagonal curvature that is kept in parts: of each block, factors and inverse are on one device only.
 
     It is the curvature of the [`kfax.BlockDiagonalCurvature`][] that it is made of, to rounding. The memory for factors
-    and inverses, and the work of a refresh, are shared out among the devices; a stack of layers is split. Nothing of
-    either is ever sent. What is sent, at each `solve`, are the preconditioned matrices: one number for each parameter,
-    in one all-gather. What takes the whole curvature (`to_dense`, `decompose`, `power`) gathers all of it.
+    and inverses, and the work of a refresh, are shared out among the devices; a stack of layers is split. Every device
+    keeps as many numbers as the one with the most, so that the largest block is the limit. At an update the statistics
+    of the batch are summed over all devices, as without this class, and each keeps its own. At each `solve` (and
+    `multiply`, `diagonal`) the results are sent, one number for each parameter; at a refresh nothing. What takes the
+    whole curvature (`to_dense`, `decompose`, `power`) gathers all of it.
 
     ??? cite "Source"
         Pauloski et al. 2021, arXiv:2107.01739 (KAISA), the setting of least memory; there the factors are on all
@@ -61,7 +63,7 @@ class PlacedCurvature(CurvatureEstimator):
     def __init__(self, estimator: BlockDiagonalCurvature, placement: Placement):
         """**Arguments:**
 
-        - `estimator`: what is estimated, and how.
+        - `estimator`: what is estimated, and how; without a placement of its own.
         - `placement`: the devices, and the axes of their mesh along which blocks are shared out.
 
         **Raises:** `ValueError` for something else than that.
@@ -70,6 +72,11 @@ class PlacedCurvature(CurvatureEstimator):
             raise ValueError(
                 "`kfax.PlacedCurvature` takes a `kfax.BlockDiagonalCurvature(...)` and a `kfax.Placement(mesh)`, got "
                 f"{estimator!r} and {placement!r}."
+            )
+        if estimator.placement is not None:
+            raise ValueError(
+                "The estimator of a `kfax.PlacedCurvature` has a placement of its own, which would not be used. Write "
+                "`kfax.PlacedCurvature(kfax.BlockDiagonalCurvature(), placement)`."
             )
         self.estimator, self.placement = estimator, placement
 
@@ -102,6 +109,7 @@ class PlacedCurvature(CurvatureEstimator):
         return self.estimator.measure(linearization, key)
 
     def fold(self, state: PlacedState, measured: MovingAverage) -> PlacedState:
+        check_keys([key for key, _ in state.shapes], measured.value)
         kept = self._shared_out(state.inverses.groups, measured.value)
         average = state.average.update(kept, self.estimator.decay, measured.weight)
         return PlacedState(average, state.inverses, state.shapes)
@@ -125,6 +133,7 @@ class PlacedCurvature(CurvatureEstimator):
 
     # -- what is costly --
 
+    @on_automatic_axes
     def refresh(
         self, state: PlacedState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
     ) -> PlacedState:
@@ -173,18 +182,21 @@ class PlacedCurvature(CurvatureEstimator):
 
     # -- what is cheap --
 
+    @on_automatic_axes
     def solve(self, state: PlacedState, vector: Parameters) -> Parameters:
         def one(piece, inverse, v):
             return inverse.solve(v)
 
         return self._by_block(one, state.inverses, state, vector)
 
+    @on_automatic_axes
     def multiply(self, state: PlacedState, vector: Parameters) -> Parameters:
         def one(piece, statistics, v):
             return piece.block.multiply(piece.shape, statistics, v)
 
         return self._by_block(one, state.average.value, state, vector)
 
+    @on_automatic_axes
     def diagonal(self, state: PlacedState, parameters: Parameters) -> Parameters:
         def one(piece, statistics, v):
             return piece.block.diagonal(piece.shape, statistics).reshape(v.shape).astype(v.dtype)

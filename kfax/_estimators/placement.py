@@ -72,9 +72,13 @@ class Placement(eqx.Module):
         if not isinstance(mesh, Mesh):
             raise ValueError(f"`mesh` must be a mesh of devices, such as `jax.make_mesh((4,), 'data')`, got {mesh!r}.")
         self.mesh = mesh
-        self.axes = (axes,) if isinstance(axes, str) else tuple(axes)
-        missing = [name for name in self.axes if name not in mesh.axis_names]
-        if missing or not self.axes:
+        names = (axes,) if isinstance(axes, str) else axes
+        if not (isinstance(names, tuple | list) and names and len(set(names)) == len(names)):
+            raise ValueError(
+                f"`axes` must be the name of an axis of the mesh, or several different ones, got {axes!r}."
+            )
+        self.axes = tuple(names)
+        if not set(names) <= set(mesh.axis_names):
             raise ValueError(f"`axes` must be among those of the mesh, {mesh.axis_names}, got {axes!r}.")
 
     @property
@@ -162,6 +166,12 @@ class Placement(eqx.Module):
     def _mesh(self) -> Mesh:
         """The mesh, its axes of the types that are in force: automatic ones within kfax."""
         current = jax.sharding.get_abstract_mesh()
+        if not current.empty and (current.axis_names != self.mesh.axis_names or current.manual_axes):
+            raise ValueError(
+                f"A `kfax.Placement` on a mesh with the axes {self.mesh.axis_names} was used where another mesh is in "
+                f"force, with {current.axis_names}, or inside `jax.shard_map`, which it calls itself. Shard the batch "
+                "over the placement's mesh instead, and leave `jax.shard_map` out, or the placement."
+            )
         kinds = (AxisType.Auto,) * len(self.mesh.axis_names) if current.empty else current.axis_types
         return Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=kinds)
 

@@ -66,7 +66,7 @@ def energy_loss(
     Compute the local energies outside of what is differentiated, of `kfax.untag(model)` if it is tagged, and put them
     into the batch. The value on the same batch does not change with the parameters, so that there is nothing to measure
     a step by: give learning rate and damping by numbers or schedules, with [`kfax.NormConstraint`][], and no
-    [`kfax.Rejection`][]. With `micro_batches` the mean $\bar E$ is that of each part.
+    [`kfax.Rejection`][]. With `micro_batches`, and [`kfax.across`][] devices, the mean $\bar E$ is that of each part.
 
     **Arguments:**
 

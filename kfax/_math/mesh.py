@@ -92,12 +92,14 @@ def _explicit_mesh(arrays: ArrayTree) -> Any:
 
 def _onto_mesh(result: _Result, arguments: ArrayTree) -> _Result:
     """The result, with arrays that are on one device by default replicated on the mesh that the arguments are on."""
-    leaves = [leaf for leaf in jax.tree.leaves(arguments) if not is_traced(leaf)]
-    meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
-    if not meshes or is_traced(result):
+    if is_traced((arguments, result)):
+        return result
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arguments)]
+    meshes = [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
+    if not meshes:
         return result
     everywhere = NamedSharding(meshes[0], PartitionSpec())
-    free = lambda x: eqx.is_array(x) and not x.committed  # noqa: E731
+    free = lambda x: eqx.is_array(x) and not getattr(x, "committed", True)  # noqa: E731
     return jax.tree.map(lambda x: jax.device_put(x, everywhere) if free(x) else x, result)
 
 

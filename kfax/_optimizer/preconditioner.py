@@ -110,8 +110,8 @@ class Preconditioner(eqx.Module):
         if isinstance(inverse_update_period, Staggered):
             if not isinstance(estimator, BlockDiagonalCurvature | PlacedCurvature) or exponent != -1:
                 raise ValueError(
-                    "`kfax.Staggered` refreshes block by block, which takes `kfax.BlockDiagonalCurvature` and an "
-                    "`exponent` of -1. Otherwise give `inverse_update_period` a number."
+                    "`kfax.Staggered` refreshes block by block, which takes `kfax.BlockDiagonalCurvature` or "
+                    "`kfax.PlacedCurvature`, and an `exponent` of -1. Otherwise give `inverse_update_period` a number."
                 )
         else:
             check_period("inverse_update_period", inverse_update_period)

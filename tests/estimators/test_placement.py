@@ -124,6 +124,24 @@ def test_parts_of_what_was_gathered_are_the_same_bits(block, kind):
         estimator.placed(whole, parameters(kfax.tag(Net().head)))
 
 
+@pytest.mark.parametrize("is_set", [False, True])
+@pytest.mark.parametrize("make", [everywhere, placed])
+def test_explicit_axes_outside_of_an_optimizer(make, is_set):
+    mesh = jax.make_mesh((4,), ("data",))
+    _, alone, expected = refreshed(jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,)), WHOLE)
+    with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
+        estimator, state, vector = refreshed(mesh, make(mesh))
+        found = [estimator.solve(state, vector), estimator.as_operator(state, vector, 0.1).mv(vector)]
+    found = jax.tree.map(np.asarray, found)
+    assert_close(found[0], jax.tree.map(np.asarray, WHOLE.solve(alone, expected)), tolerance=1e-12)
+    assert_close(
+        found[1], jax.tree.map(np.asarray, WHOLE.as_operator(alone, expected, 0.1).mv(expected)), tolerance=1e-12
+    )
+
+
+WHOLE = kfax.BlockDiagonalCurvature()
+
+
 def test_two_batches_and_one_that_is_not_finite():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     model, vector = on_mesh(kfax.tag(Net()), mesh), None
@@ -240,6 +258,24 @@ def test_rows_of_different_lengths_are_summed():
     assert_close(solutions[1:], [solutions[0]] * 2, tolerance=1e-12)
     [*_, row] = kfax.coverage(model, devices=4).devices
     assert row.solution_gathered == 2 * 8 * 96
+
+
+def test_mistakes():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    with pytest.raises(ValueError, match="or several different ones"):
+        kfax.Placement(mesh, ("data", "data"))
+    with pytest.raises(ValueError, match="has a placement of its own"):
+        kfax.PlacedCurvature(everywhere(mesh), kfax.Placement(mesh))
+    model, estimator = on_mesh(kfax.tag(Net()), mesh), placed(mesh)
+    state = estimator.init(model, frozen=lambda model: model.head)
+    with pytest.raises(ValueError, match="A vector has the blocks"):
+        estimator.update(state, loss_fn, model, on_mesh(BATCH, mesh, "data"), key=KEYS[5])
+    shard = jax.shard_map(
+        lambda p: everywhere(mesh).refresh(everywhere(mesh).init(model), p, 0.1),
+        mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"or inside `jax\.shard_map`"):
+        shard(parameters(model))
 
 
 def test_an_axis_that_the_mesh_lacks():

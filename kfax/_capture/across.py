@@ -8,7 +8,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._math.types import ArrayTree, PRNGKey, Scalar
+from .._math.tree import tie
+from .._math.types import ArrayTree, Counter, PRNGKey, Scalar
 
 
 _Tree = TypeVar("_Tree")
@@ -61,18 +62,13 @@ def on_each(loss_fn: Callable, tree: _Tree) -> _Tree:
     if not isinstance(loss_fn, Across):
         return tree
     arrays, rest = eqx.partition(tree, eqx.is_array)
-    _check_axis(loss_fn)
-
-    def vary(x):
-        known = getattr(jax.typeof(x), "vma", frozenset())
-        return x if loss_fn.axis_name in known else jax.lax.pcast(x, loss_fn.axis_name, to="varying")
-
-    return eqx.combine(jax.tree.map(vary, arrays), rest)
+    return eqx.combine(tie(arrays, _index(loss_fn)), rest)
 
 
-def _check_axis(loss_fn: Across) -> None:
+def _index(loss_fn: Across) -> Counter:
+    """Of this device along the axis."""
     try:
-        jax.lax.axis_index(loss_fn.axis_name)
+        return jax.lax.axis_index(loss_fn.axis_name)
     except NameError as error:
         raise ValueError(
             f"A `loss_fn` made by `kfax.across` was called where there is no axis `{loss_fn.axis_name}`: call `init`, "
@@ -84,8 +80,7 @@ def own_key(loss_fn: Callable, key: PRNGKey) -> PRNGKey:
     """A key of each device."""
     if not isinstance(loss_fn, Across):
         return key
-    _check_axis(loss_fn)
-    return jax.random.fold_in(key, jax.lax.axis_index(loss_fn.axis_name))
+    return jax.random.fold_in(key, _index(loss_fn))
 
 
 def mean_across(loss_fn: Callable, means: ArrayTree, weight: Scalar) -> tuple[ArrayTree, Scalar]:

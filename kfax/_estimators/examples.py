@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .._capture import Cotangents, Problem
+from .._capture import Cotangents, on_each, Problem
 from .._losses import Loss
 from .._math import linalg
 from .._math.types import Counter, Parameters, PRNGKey
@@ -40,6 +40,10 @@ class ExampleRows(eqx.Module):
     sizes: tuple[int, ...] = eqx.field(static=True)
 
     @property
+    def parameters(self) -> Parameters:
+        return on_each(self.problem.loss_fn, self.problem.parameters)
+
+    @property
     def width(self) -> int:
         """How many rows an example has."""
         return self.source.num_cotangents(self.losses)
@@ -56,6 +60,7 @@ class ExampleRows(eqx.Module):
         - `total`: to begin with.
         - `max_examples`: how many at a time.
         """
+        total = on_each(self.problem.loss_fn, total)
         for position, size in enumerate(self.sizes):
             count = math.ceil(size / max_examples)
             length = math.ceil(size / count)
@@ -79,7 +84,7 @@ class ExampleRows(eqx.Module):
         """
         shape = (self.losses[0].num_examples, self.width)
         signs = jax.random.rademacher(jax.random.key(0), shape, jnp.result_type(*(x.outputs for x in self.losses)))
-        pull = jax.vjp(lambda p: _outputs(self.problem, self.problem.batch, p), self.problem.parameters)[1]
+        pull = jax.vjp(lambda p: _outputs(self.problem, self.problem.batch, p), self.parameters)[1]
         expected = _ravel(pull(self.source.multiply_factor(self.losses, signs, self.key))[0]) / math.sqrt(shape[0])
 
         def add_both(totals, rows, numbers):
@@ -101,10 +106,11 @@ class ExampleRows(eqx.Module):
         exists, within = within < size, jnp.minimum(within, size - 1)
         numbers = jnp.where(exists, start + within, 0)
 
+        root = math.sqrt(self.losses[0].num_examples)
+
         def column(i):
             vectors = self.source.cotangents(self.losses, i, self.key)
-            scale = exists / math.sqrt(self.losses[0].num_examples)
-            return tuple(_by_example(scale, vector[start + within]) for vector in vectors)
+            return tuple(_by_example(exists, vector[start + within]) / root for vector in vectors)
 
         cotangents = jax.lax.map(column, jnp.arange(self.width))
         chosen, rest = _partition(self.problem.batch, self.sizes, size)
@@ -114,7 +120,7 @@ class ExampleRows(eqx.Module):
             def outputs(parameters):
                 return tuple(x[position] for x in _outputs(self.problem, eqx.combine(one, rest), parameters))
 
-            pull = jax.vjp(outputs, self.problem.parameters)[1]
+            pull = jax.vjp(outputs, self.parameters)[1]
             return jax.vmap(lambda u: _ravel(pull(u)[0]))(cotangents)
 
         return jax.vmap(rows, in_axes=(0, 1))(chosen, cotangents), numbers
@@ -169,7 +175,7 @@ def _outputs(problem: Problem, batch: Any, parameters: Parameters) -> Cotangents
     return tuple(loss.outputs for loss in losses)
 
 
-def _by_example(scale: Float[Array, " c"], array: Float[Array, "c ..."]) -> Float[Array, "c ..."]:
+def _by_example(scale: Bool[Array, " c"], array: Float[Array, "c ..."]) -> Float[Array, "c ..."]:
     return array * scale.reshape(-1, *(1,) * (array.ndim - 1)).astype(array.dtype)
 
 

@@ -60,7 +60,7 @@ class Factor(eqx.Module):
             return rows
         [loss] = self.losses
         weights = loss.example_weights()
-        root = jnp.ones(loss.num_examples) if weights is None else jnp.sqrt(weights)
+        root = jnp.ones(loss.num_examples, rows.dtype) if weights is None else jnp.sqrt(weights)
         root = root.astype(rows.dtype) / math.sqrt(loss.num_examples)  # of length one
         by_example = rows.reshape(loss.num_examples, -1)
         return (by_example - root[:, None] * linalg.matmul(root, by_example)).reshape(rows.shape)

@@ -96,7 +96,8 @@ class ExactSource(CurvatureSource):
         return sum(math.prod(loss.outputs.shape[1:]) for loss in losses)
 
     def cotangents(self, losses: tuple[Loss, ...], index: Counter, key: PRNGKey | None) -> Cotangents:
-        basis = jax.nn.one_hot(index, self.num_cotangents(losses))
+        dtype = jnp.result_type(*(loss.outputs for loss in losses))
+        basis = jax.nn.one_hot(index, self.num_cotangents(losses), dtype=dtype)
         return self.multiply_factor(losses, jnp.broadcast_to(basis, (losses[0].num_examples, basis.size)), key)
 
     def multiply_factor(self, losses: tuple[Loss, ...], vector: Float[Array, "n k"], key: PRNGKey | None) -> Cotangents:

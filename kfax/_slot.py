@@ -1,11 +1,12 @@
 """The slot: how a layer's inputs and output cotangents leave a transformed computation as finished statistics.
 
 A layer that wants to be observed passes its output through `observe(y, x, slot)`, which returns `y`. With `slot=None`
-that is all. Otherwise the slot holds arrays, and the caller differentiates with respect to *them*. `observe` is a
-`custom_vjp` function whose backward pass hands `dy` on to `y` untouched and gives the slot the "cotangent"
-`fold(x, dy)`: whatever statistic of the layer's inputs and output cotangents is wanted. Reverse mode then does the
-rest of the work. It adds up the contributions of several calls and of the iterations of a `scan`, it runs through
-`jit`, `cond` and `checkpoint`, and it stacks what belongs to stacked layers.
+that is all. Otherwise the slot holds arrays, and the caller differentiates with respect to *them*, backwards. The rule
+of `observe` then is a linear function whose transpose hands `dy` on to `y` and gives the slot the "cotangent"
+`fold(x, dy)`: whatever statistic of the layer's inputs and output cotangents is wanted. Reverse mode does the rest. It
+adds up the contributions of several calls and of the iterations of a `scan`, it runs through `jit`, `cond` and
+`checkpoint`, and it stacks what belongs to stacked layers. A derivative in which the slot has no tangent is one that
+the loss takes of the model, by forward mode: the rule observes the layer's tangents as it does its values.
 
 What it would not do by itself is treat a batch well. Under `jax.vmap(model)` plain batching would compute the
 statistic of every example, an array of batch x d x d numbers, and only then sum it. So `fold` is a `custom_vmap`
@@ -32,10 +33,9 @@ as one of per-example gradients, does, and so do example weights:
 - *Unnamed*: the outermost row axis, the last one that the rule is asked about. Its size must be the number of
   examples.
 
-Two kinds of statistic use this. A *sum* adds over rows: second moments, counts. A *linear* one keeps a leading axis of
-examples and is linear in each use of the layer (a per-example gradient), to be squared by the caller afterwards;
-squaring in each use would be wrong for a layer that is used twice. This module does not distinguish them: the
-statistic is a function, and its result has the shapes of the slot.
+Two kinds of statistic use this. A *sum* adds over rows: second moments, counts. A *linear* one keeps an axis of
+examples and is linear in each use of the layer (a per-example gradient), to be squared by the caller: squaring in each
+use would be wrong for a layer that is used twice. To this module both are functions with results like the slot.
 """
 
 import dataclasses
@@ -47,7 +47,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Bool, Float, Int
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ._math.mesh import as_around, on_automatic_axes
 from ._math.tree import tie
@@ -98,6 +99,20 @@ class ExampleAxis:
             '`jax.vmap(model, axis_name="batch")` in `loss_fn`, and `example_axis="batch"` for the estimator.'
         )
 
+    def in_reverse(self) -> str:
+        """What is wrong where a derivative within the loss is more than forward mode."""
+        return (
+            f"`loss_fn` differentiates the layer at `{self.path}` in reverse mode (or by `jax.linearize`), in which it "
+            "cannot be observed. Use `jax.jvp` or `jax.jacfwd`, nested for higher derivatives, not `jax.grad`, "
+            "`jax.jacrev` or `jax.hessian`. If only a value is needed, as for an adversarial example, take that of "
+            "`kfax.untag(model)`, with `jax.lax.stop_gradient`. `kfax.ImplicitExactCurvature()` has no such limit."
+        )
+
+    def of_all(self, message: Callable[["ExampleAxis"], str]) -> tuple[Array, tuple[str, ...]]:
+        """The messages of all layers, to be compiled at once, after which of them is that of this one."""
+        paths = self.paths or (self.path,)
+        return jnp.asarray(paths.index(self.path)), tuple(message(dataclasses.replace(self, path=p)) for p in paths)
+
     def fault(self, found: int | None) -> str | None:
         """What is wrong if the axis has size `found` (`None` if there is no such axis), or `None` if nothing is."""
         if found == self.size or (self.name is not None and found is not None and self.is_sum):
@@ -128,6 +143,8 @@ class Use(eqx.Module):
     - `present`: which positions count; `None` if all do. Where `False`, `dy` is zero, and `x` is one that counts.
     - `weights`: of the examples, divided by their mean; `None` if equal.
     - `context`: what the layer passed beside `x`, without these axes, such as its parameters.
+    - `is_tangent`: whether `x` is the derivative of an input along some direction, within a loss that contains
+        derivatives of the model. What is added to every output, a bias, has no part in it.
     """
 
     x: ArrayTree
@@ -135,6 +152,7 @@ class Use(eqx.Module):
     present: Bool[Array, "n p"] | None
     weights: Float[Array, " n"] | None
     context: PyTree
+    is_tangent: bool = eqx.field(static=True, default=False)
 
     @property
     def num_examples(self) -> int:
@@ -156,8 +174,7 @@ class Slot(eqx.Module):
     - `statistic`: from a `Use` to something like `value`.
     - `axis`: which mapped axis enumerates the examples.
     - `ndim`: how many axes the first array in `value` has for a single layer, without stack axes.
-    - `on_forward`, `on_backward`: called when the layer is called, and when a backward pass through it begins to be
-        traced; may raise an error.
+    - `on_forward`: called when the layer is called; may raise an error.
     - `present`: whether the next call counts, as told by [`kfax.masked`][]; `None` if it does. Carries the same stack
         axes as `value`.
     """
@@ -168,7 +185,6 @@ class Slot(eqx.Module):
     axis: ExampleAxis = eqx.field(static=True)
     ndim: int = eqx.field(static=True, default=0)
     on_forward: Callable[[], None] = eqx.field(static=True, default=lambda: None)
-    on_backward: Callable[[], None] = eqx.field(static=True, default=lambda: None)
     present: Bool[Array, "*stack"] | None = None
 
     @property
@@ -198,9 +214,8 @@ def observe(y: _Y, x: PyTree, slot: Slot | Hidden | None, context: PyTree = None
     """Returns `y`, and lets `slot` see the input `x` and, in the backward pass, the cotangent of `y`.
 
     To be called by a tagged layer for each output `y` that is computed from `x` by its parameters: arrays, or PyTrees
-    of them, of one call, without batch axes: those come from `jax.vmap`. Costs nothing when `slot` is `None`. Through
-    a filled slot there is a reverse mode, but no forward mode. `context` is for arrays that belong to the layer rather
-    than to the call.
+    of them, of one call, without batch axes: those come from `jax.vmap`. Costs nothing when `slot` is `None`.
+    `context` is for arrays that belong to the layer rather than to the call.
     """
     if slot is None:
         return y
@@ -213,27 +228,49 @@ def observe(y: _Y, x: PyTree, slot: Slot | Hidden | None, context: PyTree = None
     return eqx.combine(observer(observed, x, slot.value, slot.weights, slot.axis.marker(), slot.present, context), rest)
 
 
-def _observer(slot: Slot, x_ndims: PyTree, y_ndims: PyTree) -> Callable:
-    fold = _make_fold(_row_statistic(slot, x_ndims, y_ndims), num_stacks=0, axis=slot.axis)
+def _observer(slot: Slot, x_ndims: PyTree, y_ndims: PyTree, is_tangent: bool = False) -> Callable:
+    fold = _make_fold(_row_statistic(slot, x_ndims, y_ndims, is_tangent), num_stacks=0, axis=slot.axis)
 
-    @jax.custom_vjp
+    @jax.custom_jvp
     def observer(y, x, value, weights, marker, present, context):
         del x, value, weights, present, context
+        # JAX forgets the rule below where it makes linear functions, and runs this instead of it; and nowhere else.
+        if is_tangent:
+            factor = 1 + _fail(jnp.zeros(()), *slot.axis.of_all(ExampleAxis.in_reverse))
+            y = jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * leaf, y)
         return _depend(y, marker)
 
-    def forward(y, x, value, weights, marker, present, context):
-        return _depend(y, marker), (x, value, weights, marker, present, context)
+    @functools.partial(observer.defjvp, symbolic_zeros=True)
+    def _(primals, tangents):
+        (y, x, value, *others), (dy, dx, dvalue, *_) = primals, tangents
+        if all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(dvalue)):
+            # Within the loss the model is differentiated: the tangent is one more use of the matrix, by each example,
+            # though the first layer's is the same for all.
+            dy, dx = tie((_instantiated(dy, y), _instantiated(dx, x)), y)
+            again = _observer(slot, x_ndims, y_ndims, is_tangent=True)
+            return observer(*primals), again(dy, dx, value, *others)
 
-    def backward(residuals, dy):
-        slot.on_backward()
-        x, value, weights, marker, present, context = residuals
-        statistic = on_automatic_axes(fold)(value, weights, marker, present, context, x, dy)
-        cotangent = jax.tree.map(lambda v, s: jnp.asarray(s, v.dtype), value, statistic)
-        # Also what is constant, such as a count of rows, must be as mapped (or device-varying) as the slot is.
-        return dy, None, tie(cotangent, value), None, None, None, None
+        def transpose(_, cotangents):
+            dy, slots = cotangents
+            statistic = on_automatic_axes(fold)(tie(value, slots), *others, x, dy)
+            cotangent = jax.tree.map(lambda v, s: jnp.asarray(s, v.dtype), value, statistic)
+            # Also what is constant, such as a count of rows, must be as mapped (or device-varying) as the slot is.
+            return dy, tie(cotangent, value)
 
-    observer.defvjp(forward, backward)
+        # A linear function that passes `dy` on, with a transpose of its own: JAX has them as solvers, all of whose
+        # inputs must be linear. `dy` gets the axes of `y`; of a bias alone, say, it is the same for all examples.
+        dvalue = _instantiated(dvalue, value)
+        zero = sum(jnp.sum(leaf.ravel()[:0]) for leaf in jax.tree.leaves(dvalue))
+        given = tie(_instantiated(dy, y, zero), (y, others[1])), dvalue
+        solution = jax.lax.custom_linear_solve(lambda b: b, given, lambda _, b: b, transpose)
+        return _depend(y, others[1]), solution[0]
+
     return observer
+
+
+def _instantiated(tangent: PyTree, like: PyTree, zero: ArrayLike = 0) -> PyTree:
+    """Tangents as arrays, with this zero where they are zeros; of integers, in place of theirs, zeros."""
+    return jax.tree.map(lambda t, x: jnp.full_like(x, zero) if isinstance(t, SymbolicZero) else t, tangent, like)
 
 
 def _depend(y: ArrayTree, marker: Int[Array, ""] | None) -> ArrayTree:
@@ -243,7 +280,7 @@ def _depend(y: ArrayTree, marker: Int[Array, ""] | None) -> ArrayTree:
     return jax.tree.map(lambda leaf: jax.lax.select(jnp.broadcast_to(marker >= 0, leaf.shape), leaf, leaf), y)
 
 
-def _row_statistic(slot: Slot, x_ndims: PyTree, y_ndims: PyTree) -> Callable:
+def _row_statistic(slot: Slot, x_ndims: PyTree, y_ndims: PyTree, is_tangent: bool) -> Callable:
     """The slot's statistic as a function of `x` and `dy` with all their row axes, the examples' first if known.
 
     JAX traces `fold` once without any axis, before it consults the rule. So an axis that is not what it should be is
@@ -258,10 +295,8 @@ def _row_statistic(slot: Slot, x_ndims: PyTree, y_ndims: PyTree) -> Callable:
         found = rows[0] if rows and (seen or axis.name is None) else None
         if axis.fault(found) is not None:
             zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
-            # Every layer is first traced without some of its axes: the messages of all are compiled at once.
-            paths = axis.paths or (axis.path,)
-            faults = tuple(str(dataclasses.replace(axis, path=path).fault(found)) for path in paths)
-            return _fails(zeros, first, faults, paths.index(axis.path))
+            # Every layer is first traced without some of its axes: results differ between devices as they will then.
+            return _fails(tie(zeros, dy), first, *axis.of_all(lambda each: str(each.fault(found))))
 
         counts = None if present is None else present.reshape(rows[0], -1)
 
@@ -272,12 +307,12 @@ def _row_statistic(slot: Slot, x_ndims: PyTree, y_ndims: PyTree) -> Callable:
         if counts is not None:
             x = jax.tree.map(lambda array: _replace_absent(array, counts), x)
             dy = jax.tree.map(lambda array: jnp.where(_like(counts, array), array, 0), dy)
-        return read(Use(x, dy, counts, weights, context))
+        return tie(read(Use(x, dy, counts, weights, context, is_tangent)), dy)
 
     return statistic
 
 
-def _fails(statistic: ArrayTree, rows: ArrayTree, faults: tuple[str, ...], index: int = 0) -> ArrayTree:
+def _fails(statistic: ArrayTree, rows: ArrayTree, index: ArrayLike, faults: tuple[str, ...]) -> ArrayTree:
     """The statistic, whose computation fails if it is run, with one of several messages."""
     zero = _fail(jnp.ravel(jax.tree.leaves(rows)[0])[0], jnp.asarray(index), faults)
     return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), statistic)
@@ -348,7 +383,7 @@ def _make_fold(
         if not is_stacked:
             out = fold(value, weights, marker, present, context, x, dy)
             if axis.name is None and size == axis.size and not any(jax.tree.leaves(rows_mapped[1:])):
-                out = _fails(out, dy, (axis.summed(),))
+                out = _fails(out, dy, 0, (axis.summed(),))
             return out, jax.tree.map(lambda _: False, out)
 
         # A `cond` took the slot along. JAX will add up what is due to each example for which this branch was taken.

@@ -244,12 +244,6 @@ def linearize(
     return Linearization(problem, Evaluation(*terms, state, aux), weights, pullback)
 
 
-_NOT_DIFFERENTIATED = (
-    "Curvature of losses that contain derivatives of the model (by its inputs, for instance) is not supported: the "
-    "layers would be observed in the wrong pass. If only a derivative's value is needed, as for an adversarial "
-    "example, take it of `kfax.untag(model)`, with `jax.lax.stop_gradient` of the result. "
-    "`kfax.ImplicitExactCurvature()` has no such limit."
-)
 _OUT_OF_SIGHT = (
     "is called by a `jax.custom_vjp` function, as in a reversible network, or by `diffrax.BacksolveAdjoint`: its "
     "derivative is then another function's, where it cannot be observed. Leave the derivative to JAX (in diffrax to "
@@ -262,10 +256,9 @@ _ONLY_BACKWARD = (
     "schedules, as `kfax.stochastic` does."
 )
 
-# By what JAX says of it: of one or several `jvp`s through `observe`, and of a slot that is not an argument.
+# By what JAX says of it: of forward mode through a function without, and of a slot that is not an argument.
 _WITHOUT_FORWARD_MODE = ("forward-mode", "custom_lin", "call_hi_primitive")
 _FORWARD = {
-    **dict.fromkeys(_WITHOUT_FORWARD_MODE, f"`loss_fn` differentiates a tagged layer. {_NOT_DIFFERENTIATED}"),
     "closed-over value": f"A tagged layer {_OUT_OF_SIGHT}",
 }
 _PUSH = {"while_loop": _ONLY_BACKWARD}
@@ -323,7 +316,10 @@ def _slot(
 
     def statistic(use):
         try:
-            found = reading.statistic(operation, use)
+            mine = operation.of_tangents() if use.is_tangent else operation
+            if mine is None:
+                return jax.tree.map(lambda x: jnp.zeros(x.shape[len(stack) :], x.dtype), reading.zeros)
+            found = reading.statistic(mine, use)
         except (ValueError, TypeError, IndexError) as error:
             raise ValueError(f"{_observed(part, operation, use)} {error}") from error
         if [x.shape for x in jax.tree.leaves(found)] != [x.shape[len(stack) :] for x in expected]:
@@ -338,15 +334,11 @@ def _slot(
         if not run.active:  # a forward pass within the backward pass
             raise ValueError(f"The layer at `{path}` {_OUT_OF_SIGHT}")
 
-    def on_backward():
-        if run.active:  # a backward pass within the forward pass
-            raise ValueError(f"`loss_fn` differentiates the layer at `{path}`. {_NOT_DIFFERENTIATED}")
-
     stack, expected = part.operation.shape().stack, jax.tree.leaves(reading.zeros)
     stacked = None if weights is None else jnp.broadcast_to(weights, (*stack, num_examples))
     axis = ExampleAxis(example_axis, num_examples, reading.is_sum and weights is None, path, paths)
     ndim = jax.tree.leaves(reading.zeros)[0].ndim - len(stack)
-    return Slot(reading.zeros, stacked, statistic, axis, ndim, on_forward, on_backward)
+    return Slot(reading.zeros, stacked, statistic, axis, ndim, on_forward)
 
 
 def _observed(part: Part, operation: Operation, use: Use) -> str:

@@ -71,3 +71,9 @@ class Arbitrary(Operation):
         _, pullback = jax.vjp(run, trained)
         rows = [leaf.reshape(-1) for leaf in jax.tree.leaves(pullback(dy)[0])]
         return jnp.concatenate(rows)[None, :]
+
+    def of_tangents(self) -> None:
+        raise ValueError(
+            "A loss contains a derivative of this module's output, which is another function of its parameters. A "
+            "`kfax.TaggedModule` is differentiated by its parameters only: tag the layers within it instead."
+        )

@@ -105,6 +105,15 @@ class Operation(eqx.Module):
         Arrays of the operation may be shapes without values here. `context` is what the layer gave to `observe`.
         """
 
+    @abc.abstractmethod
+    def of_tangents(self) -> "Operation | None":
+        """The operation as it acts on a derivative of its input: without what is added to every output, such as a bias.
+
+        **Returns:** an operation whose matrix lacks the last columns of V, or `None` if nothing is left.
+
+        **Raises:** `ValueError` if it is not linear in its input.
+        """
+
 
 class FactoredOperation(Operation):
     """An operation whose gradient is a sum over positions of outer products, of output cotangents g and inputs a.

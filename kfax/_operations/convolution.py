@@ -147,6 +147,9 @@ class Convolution(FactoredOperation):
             columns.append(jnp.sum(g, axis=-2)[..., None])
         return jnp.concatenate(columns, axis=-1)
 
+    def of_tangents(self) -> "Convolution | None":
+        return None if self.weight is None else Convolution(self.weight, None, self.windows, self.num_groups)
+
     def num_positions(self, x: Array) -> int:
         num_dims = len(self.windows.kernel)
         padded = jax.eval_shape(self.windows.pad, x).shape

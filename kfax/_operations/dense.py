@@ -54,6 +54,9 @@ class Dense(FactoredOperation):
     def gradient(self, x: Array, dy: Array, context: Any) -> Float[Array, "d_g d_a"]:
         return widen(dy.reshape(dy.shape[0], -1)).T @ widen(self._extended(x, 1))
 
+    def of_tangents(self) -> "Dense | None":
+        return None if self.weight is None else Dense(self.weight, None, self.inputs_first)
+
     def num_positions(self, x: Array) -> int:
         return 1
 

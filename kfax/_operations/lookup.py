@@ -36,6 +36,10 @@ class Lookup(FactoredOperation):
         table = jnp.zeros((self.weight.shape[-2], dy.shape[-1]), dy.dtype)
         return table.at[x.reshape(-1)].add(dy.reshape(-1, dy.shape[-1])).T
 
+    def of_tangents(self) -> None:
+        """An integer has no derivative."""
+        return None
+
     def num_positions(self, x: Array) -> int:
         return 1
 

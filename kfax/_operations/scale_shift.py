@@ -54,3 +54,6 @@ class ScaleAndShift(Operation):
         if self.bias is not None:
             columns.append(total(dy))
         return jnp.stack(columns, axis=-1)
+
+    def of_tangents(self) -> "ScaleAndShift | None":
+        return None if self.weight is None else ScaleAndShift(self.weight, None, self.num_axes)

@@ -35,6 +35,10 @@ class Transposed(FactoredOperation):
     def gradient(self, x: Array, dy: Array, context: Any) -> Float[Array, "*groups d_g d_a"]:
         return jnp.swapaxes(self.operation.gradient(x, dy, context), -1, -2)
 
+    def of_tangents(self) -> "Transposed | None":
+        linear = self.operation.of_tangents()
+        return Transposed(linear) if isinstance(linear, FactoredOperation) else None
+
     def num_positions(self, x: Array) -> int:
         return self.operation.num_positions(x)
 

@@ -98,22 +98,3 @@ def test_what_is_said_to_work_with_a_while_loop_does(key):
         state = optimizer.init(model, X)
         _, _, info = eqx.filter_jit(optimizer.step)(model, state, X, key=key)
         assert info.result == kfax.StepResult.successful
-
-
-def derivative(function):
-    return lambda x: jax.jvp(function, (x,), (jnp.ones_like(x),))[1]
-
-
-@pytest.mark.parametrize("order", [1, 2, 3])
-def test_a_loss_of_derivatives_by_nested_jvp(key, order):
-    model, x = kfax.tag(eqx.nn.MLP(1, 1, 4, 1, jnp.tanh, key=key)), jnp.linspace(0, 1, N)
-
-    def residual_loss(model, x):
-        function = lambda z: model(z[None])[0]  # noqa: E731
-        for _ in range(order):
-            function = derivative(function)
-        residual = jax.vmap(function)(x)
-        return kfax.squared_error(residual, jnp.ones_like(residual))
-
-    with pytest.raises(ValueError, match="`loss_fn` differentiates a tagged layer"):
-        kfax.check(residual_loss, model, x)

@@ -50,87 +50,13 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from ._example_axis import ExampleAxis
 from ._math.mesh import as_around, on_automatic_axes
 from ._math.tree import tie
 from ._math.types import ArrayTree, Counter, PyTree
 
 
 _Y = TypeVar("_Y")
-
-
-@dataclasses.dataclass(frozen=True)
-class ExampleAxis:
-    """Which mapped axis enumerates the examples, and what to say when it cannot be found.
-
-    **Fields:**
-
-    - `name`: the `axis_name` of the `jax.vmap` over examples; `None` for the outermost mapped axis.
-    - `size`: the number of examples of the Loss.
-    - `is_sum`: whether the statistic is a plain sum over rows. Together with a name that needs no particular size, so
-        that the batch may be processed in parts.
-    - `path`: the layer, for messages.
-    - `paths`: all layers that are observed, for messages that are compiled once for all of them.
-    """
-
-    name: str | None
-    size: int
-    is_sum: bool
-    path: str
-    paths: tuple[str, ...] = ()
-
-    def marker(self) -> Counter | None:
-        """An integer that is mapped over the named axis and no other."""
-        if self.name is None:
-            return None
-        try:
-            return jax.lax.axis_index(self.name)
-        except NameError as error:
-            raise ValueError(
-                f"The layer at `{self.path}` was called where no axis is named {self.name!r}, which is the "
-                f"`example_axis` given to the estimator. Write `jax.vmap(model, axis_name={self.name!r})` around the "
-                "model, or leave `example_axis` out to use the outermost mapped axis."
-            ) from error
-
-    def summed(self) -> str:
-        """What is wrong where the cotangents of a masked layer were added up over the examples before it saw them."""
-        return (
-            f"The layer at `{self.path}` computes the same for every example, so that only a named axis lets "
-            "`kfax.masked` tell the examples apart. Name the axis of the examples: "
-            '`jax.vmap(model, axis_name="batch")` in `loss_fn`, and `example_axis="batch"` for the estimator.'
-        )
-
-    def in_reverse(self) -> str:
-        """What is wrong where a derivative within the loss is more than forward mode."""
-        return (
-            f"`loss_fn` differentiates the layer at `{self.path}` in reverse mode (or by `jax.linearize`), in which it "
-            "cannot be observed. Use `jax.jvp` or `jax.jacfwd`, nested for higher derivatives, not `jax.grad`, "
-            "`jax.jacrev` or `jax.hessian`. If only a value is needed, as for an adversarial example, take that of "
-            "`kfax.untag(model)`, with `jax.lax.stop_gradient`. `kfax.ImplicitExactCurvature()` has no such limit."
-        )
-
-    def of_all(self, message: Callable[["ExampleAxis"], str]) -> tuple[Array, tuple[str, ...]]:
-        """The messages of all layers, to be compiled at once, after which of them is that of this one."""
-        paths = self.paths or (self.path,)
-        return jnp.asarray(paths.index(self.path)), tuple(message(dataclasses.replace(self, path=p)) for p in paths)
-
-    def fault(self, found: int | None) -> str | None:
-        """What is wrong if the axis has size `found` (`None` if there is no such axis), or `None` if nothing is."""
-        if found == self.size or (self.name is not None and found is not None and self.is_sum):
-            return None
-        if self.name is not None:
-            seen = f"sees {found or 'no'} examples at a time on the axis named {self.name!r}"
-            return (
-                f"The layer at `{self.path}` {seen}, but the Loss has {self.size}. Example weights and per-example "
-                "statistics need all examples in one `jax.vmap` with that name: to save memory give kfax smaller "
-                "batches instead of looping inside `loss_fn`."
-            )
-        seen = "is under no mapped axis" if found is None else f"has an outermost mapped axis of size {found}"
-        return (
-            f"The layer at `{self.path}` {seen}, but the Loss has {self.size} examples (axis 0 of its outputs). "
-            'Name the axis of the examples: `jax.vmap(model, axis_name="batch")` in `loss_fn`, and '
-            '`example_axis="batch"` for the estimator. If the outputs have their examples on another axis than 0, move '
-            "it there with `jnp.moveaxis`."
-        )
 
 
 class Use(eqx.Module):
@@ -141,7 +67,8 @@ class Use(eqx.Module):
     - `x`: what the layer was given, `(n, p, ...)`, or a PyTree of such arrays.
     - `dy`: the cotangent of what it returned, likewise. Per example: not divided by n.
     - `present`: which positions count; `None` if all do. Where `False`, `dy` is zero, and `x` is one that counts.
-    - `weights`: of the examples, divided by their mean; `None` if equal.
+    - `weights`: of the examples, divided by the mean of all; `None` if equal.
+    - `examples`: which of all examples they are; `None` for an unknown part of them.
     - `context`: what the layer passed beside `x`, without these axes, such as its parameters.
     - `is_tangent`: whether `x` is the derivative of an input along some direction, within a loss that contains
         derivatives of the model. What is added to every output, a bias, has no part in it.
@@ -152,6 +79,7 @@ class Use(eqx.Module):
     present: Bool[Array, "n p"] | None
     weights: Float[Array, " n"] | None
     context: PyTree
+    examples: range | None = eqx.field(static=True)
     is_tangent: bool = eqx.field(static=True, default=False)
 
     @property
@@ -299,6 +227,8 @@ def _row_statistic(slot: Slot, x_ndims: PyTree, y_ndims: PyTree, is_tangent: boo
             return _fails(tie(zeros, dy), first, *axis.of_all(lambda each: str(each.fault(found))))
 
         counts = None if present is None else present.reshape(rows[0], -1)
+        examples = axis.of(found)
+        weights = weights if weights is None or examples is None else weights[examples.start : examples.stop]
 
         def by_example(array, ndim):
             return array.reshape(rows[0], -1, *array.shape[array.ndim - ndim :])
@@ -307,7 +237,7 @@ def _row_statistic(slot: Slot, x_ndims: PyTree, y_ndims: PyTree, is_tangent: boo
         if counts is not None:
             x = jax.tree.map(lambda array: _replace_absent(array, counts), x)
             dy = jax.tree.map(lambda array: jnp.where(_like(counts, array), array, 0), dy)
-        return tie(read(Use(x, dy, counts, weights, context, is_tangent)), dy)
+        return tie(read(Use(x, dy, counts, weights, context, examples, is_tangent)), dy)
 
     return statistic
 
@@ -382,7 +312,7 @@ def _make_fold(
         marker = None if is_examples else marker
         if not is_stacked:
             out = fold(value, weights, marker, present, context, x, dy)
-            if axis.name is None and size == axis.size and not any(jax.tree.leaves(rows_mapped[1:])):
+            if axis.name is None and axis.of(size) is not None and not any(jax.tree.leaves(rows_mapped[1:])):
                 out = _fails(out, dy, 0, (axis.summed(),))
             return out, jax.tree.map(lambda _: False, out)
 

@@ -26,6 +26,7 @@ HOUSE = [
     ["_layers"],
     ["_blocks"],
     ["_operations", "_losses", "_slot"],
+    ["_example_axis"],
     ["_math"],
 ]
 ROW = {name: row for row, names in enumerate(HOUSE) for name in names}

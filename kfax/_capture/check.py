@@ -157,6 +157,14 @@ def _report_examples(problem: Problem, example_axis: str | None, paths: list[str
         'Name the axis of the examples: `jax.vmap(model, axis_name="batch")` in `loss_fn`, and `example_axis="batch"` '
         "for the estimator."
     )
+    losses = eqx.filter_eval_shape(lambda: problem.evaluate(problem.parameters).losses)
+    numbers = [len(examples) for examples in dict.fromkeys(loss.examples for loss in losses)]
+    if len(numbers) > 1 and not _has_batch_norm(problem.model):
+        raise ValueError(
+            f"The losses are of {' and '.join(map(str, numbers))} examples. So {_named(paths)} must see as many at a "
+            "time, each for its own loss alone, but does not. Call the model for each loss apart, or leave examples "
+            f"out of a loss by `weights` or `mask`. {remedy}"
+        )
     if sees is False or (sees is None and example_axis is None):
         raise ValueError(
             f"Around {_named(paths)}, {axis} does not enumerate the examples, though it has as many elements; or the "
@@ -275,8 +283,8 @@ def _read_gradient(weigh: Callable[[int], np.ndarray], sums_magnitudes: bool, pa
         return jnp.pad(gradient, [(0, 0)] * (gradient.ndim - 1) + [(0, missing)])
 
     def statistic(operation, use):
-        in_parts = use.num_examples != num_examples
-        weights = np.ones(use.num_examples) if in_parts else weigh(num_examples)
+        in_parts = use.examples is None
+        weights = np.ones(use.num_examples) if use.examples is None else weigh(num_examples)[use.examples]
         dy = jax.tree.map(lambda leaf: _by_example(weights, leaf), use.dy)
         rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (use.x, dy))
         dtypes = [shape.dtype, *(leaf.dtype for leaf in jax.tree.leaves(rows) if _is_float(leaf))]

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._losses import Loss, Penalty
+from .._losses import Loss, of_all_examples, Penalty
 from .._math.types import Model, PRNGKey, Scalar
 from .across import own_key
 
@@ -18,7 +18,8 @@ class Evaluation(eqx.Module):
 
     **Fields:**
 
-    - `losses`: one or more losses of the same examples.
+    - `losses`: one or more losses of the same examples. If they were of different ones, all are now losses of all, in
+        which those of others have weight zero.
     - `penalty`: the sum of the terms without curvature, in at least float32.
     - `model_state`: the new state, or `None` if `loss_fn` takes none.
     - `aux`: whatever else it returned.
@@ -62,9 +63,9 @@ def evaluate(
 ) -> Evaluation:
     """Calls `loss_fn(model, batch)`, with `key` and `model_state` if it has parameters of these names.
 
-    It must return a [`kfax.Loss`][], or a list or dictionary of losses, among which may be penalties
-    ([`kfax.Penalty`][]), or a tuple of that and more: `(losses, aux)`; or, if it takes a `model_state`,
-    `(losses, model_state)` or `(losses, model_state, aux)`.
+    It must return a [`kfax.Loss`][], or a list or dictionary of losses, of the same examples or of different ones,
+    among which may be penalties ([`kfax.Penalty`][]), or a tuple of that and more: `(losses, aux)`; or, if it takes a
+    `model_state`, `(losses, model_state)` or `(losses, model_state, aux)`.
     """
     names = inspect.signature(loss_fn).parameters
     _check_parameters(names)
@@ -171,16 +172,12 @@ def _split(x: Any) -> tuple[tuple[Loss, ...], Scalar]:
     for loss in losses:
         if jnp.ndim(loss.outputs) == 0:
             raise ValueError("A loss was made inside `jax.vmap`. Make it outside, of the outputs of the whole batch.")
-    sizes = {loss.num_examples for loss in losses}
-    if sizes == {0}:
+    if any(loss.num_examples == 0 for loss in losses):
         raise ValueError("The batch is empty: a loss has no example on axis 0 of its outputs.")
-    if len(sizes) > 1:
-        raise ValueError(
-            f"All losses must have the same examples on axis 0 of their outputs, but these have {sorted(sizes)}. "
-            "Leave examples out of a loss by `weights` or `mask`."
-        )
     dtype = jnp.result_type(jnp.float32, *(loss.outputs for loss in losses))
-    return losses, sum((term.value() for term in terms if isinstance(term, Penalty)), jnp.zeros((), dtype))
+    return of_all_examples(losses), sum(
+        (term.value() for term in terms if isinstance(term, Penalty)), jnp.zeros((), dtype)
+    )
 
 
 def _describe(x: Any) -> str:

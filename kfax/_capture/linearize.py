@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jaxtyping import Array, Float
 
+from .._example_axis import ExampleAxis
 from .._layers import Borrowed, borrowed, fill_slots, parameters_of, Part, parts, split_parameters, trainable
 from .._losses import Loss
 from .._math.tree import is_traced, tie
 from .._math.types import ArrayTree, Model, Parameters, PRNGKey, PyTree, Where
 from .._operations import Operation
-from .._slot import ExampleAxis, Slot, Use
+from .._slot import Slot, Use
 from .across import on_each
 from .evaluate import evaluate, Evaluation
 
@@ -222,13 +223,14 @@ def linearize(
 
     shapes = eqx.filter_eval_shape(unobserved)
     num_examples = shapes[0].num_examples
+    sets = tuple(dict.fromkeys(loss.examples for loss in shapes))
     weights = None
     if any(loss.weighting.is_weighted for loss in shapes):
         weights = jax.lax.stop_gradient(_example_weights(unobserved()))
 
     run, values, uses = _Run(), {}, {}
     if read is not None:
-        make = functools.partial(_slot, example_axis, num_examples, weights, run)
+        make = functools.partial(_slot, example_axis, sets, weights, run)
         values, uses = _slots(problem, lambda part: read(part, num_examples), make)
 
     def observed(parameters, values):
@@ -303,7 +305,7 @@ def _slots(
 
 def _slot(
     example_axis: str | None,
-    num_examples: int,
+    sets: tuple[range, ...],
     weights: Float[Array, " n"] | None,
     run: _Run,
     part: Part,
@@ -318,11 +320,11 @@ def _slot(
         try:
             mine = operation.of_tangents() if use.is_tangent else operation
             if mine is None:
-                return jax.tree.map(lambda x: jnp.zeros(x.shape[len(stack) :], x.dtype), reading.zeros)
-            found = reading.statistic(mine, use)
+                return jax.tree.unflatten(structure, [jnp.zeros(x.shape, x.dtype) for x in expected])
+            found = _among_all(reading.statistic(mine, use), use.examples, expected)
         except (ValueError, TypeError, IndexError) as error:
             raise ValueError(f"{_observed(part, operation, use)} {error}") from error
-        if [x.shape for x in jax.tree.leaves(found)] != [x.shape[len(stack) :] for x in expected]:
+        if [x.shape for x in jax.tree.leaves(found)] != [x.shape for x in expected]:
             raise ValueError(
                 f"{_observed(part, operation, use)} These shapes do not fit. An operation is observed for one position "
                 "at a time (map over positions by `jax.vmap`), output before input: `self.observe(y, x)`; and a layer "
@@ -334,11 +336,26 @@ def _slot(
         if not run.active:  # a forward pass within the backward pass
             raise ValueError(f"The layer at `{path}` {_OUT_OF_SIGHT}")
 
-    stack, expected = part.operation.shape().stack, jax.tree.leaves(reading.zeros)
-    stacked = None if weights is None else jnp.broadcast_to(weights, (*stack, num_examples))
-    axis = ExampleAxis(example_axis, num_examples, reading.is_sum and weights is None, path, paths)
-    ndim = jax.tree.leaves(reading.zeros)[0].ndim - len(stack)
-    return Slot(reading.zeros, stacked, statistic, axis, ndim, on_forward)
+    stack = part.operation.shape().stack
+    arrays, structure = jax.tree.flatten(reading.zeros)
+    expected = [jax.ShapeDtypeStruct(x.shape[len(stack) :], x.dtype) for x in arrays]
+    stacked = None if weights is None else jnp.broadcast_to(weights, (*stack, len(weights)))
+    axis = ExampleAxis(example_axis, sets, reading.is_sum and weights is None, path, paths)
+    return Slot(reading.zeros, stacked, statistic, axis, expected[0].ndim, on_forward)
+
+
+def _among_all(found: ArrayTree, examples: range | None, expected: list[jax.ShapeDtypeStruct]) -> ArrayTree:
+    """What was read of some examples, with zeros for the others along axes that are as long as there are examples."""
+    leaves, structure = jax.tree.flatten(found)
+    if examples is None or [leaf.ndim for leaf in leaves] != [len(like.shape) for like in expected]:
+        return found
+
+    def spread(leaf, like):
+        sizes = zip(leaf.shape, like.shape, strict=True)
+        outside = [(examples.start, total - examples.stop) if size < total else (0, 0) for size, total in sizes]
+        return jnp.pad(leaf, outside) if leaf.ndim else leaf
+
+    return jax.tree.unflatten(structure, [spread(*pair) for pair in zip(leaves, expected, strict=True)])
 
 
 def _observed(part: Part, operation: Operation, use: Use) -> str:

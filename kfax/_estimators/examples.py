@@ -31,6 +31,7 @@ class ExampleRows(eqx.Module):
     - `source`, `problem`, `key`: which matrix of which batch.
     - `losses`: of the whole batch.
     - `sizes`: how many examples there are in each set, one after another along axis 0 of the outputs.
+    - `is_apart`: whether each set has losses of its own.
     """
 
     source: CurvatureSource
@@ -38,6 +39,7 @@ class ExampleRows(eqx.Module):
     losses: tuple[Loss, ...]
     key: PRNGKey | None
     sizes: tuple[int, ...] = eqx.field(static=True)
+    is_apart: bool = eqx.field(static=True)
 
     @property
     def parameters(self) -> Parameters:
@@ -118,7 +120,8 @@ class ExampleRows(eqx.Module):
 
         def rows(one, cotangents):
             def outputs(parameters):
-                return tuple(x[position] for x in _outputs(self.problem, eqx.combine(one, rest), parameters))
+                found = _outputs(self.problem, eqx.combine(one, rest), parameters)
+                return tuple(x[0 if self.is_apart else position] for x in found)
 
             pull = jax.vjp(outputs, self.parameters)[1]
             return jax.vmap(lambda u: _ravel(pull(u)[0]))(cotangents)
@@ -133,12 +136,17 @@ def rows_of_examples(
 
     It can if all arrays that have as many rows as there are examples have them along axis 0. If none has, then all
     arrays are taken for sets of examples, each with as many as it has rows, whose outputs are one after another in the
-    order in which the arrays stand in the batch.
+    order in which the arrays stand in the batch. Losses of different examples say themselves how many these are.
     """
     number = losses[0].num_examples
     arrays = [leaf for leaf in jax.tree.leaves(problem.batch) if eqx.is_array(leaf) and leaf.ndim > 0]
     sizes = tuple(dict.fromkeys(leaf.shape[0] for leaf in arrays))
-    sizes = (number,) if number in sizes else sizes
+    sets = tuple(dict.fromkeys(len(loss.examples) for loss in losses))
+    is_apart = len(sets) > 1
+    if is_apart:
+        sizes = sets if set(sets) <= set(sizes) else ()
+    elif number in sizes:
+        sizes = (number,)
     if not sizes or 0 in sizes:
         return None
     try:
@@ -151,9 +159,10 @@ def rows_of_examples(
     count = found[0].shape[0]
     sizes = sizes * count if len(sizes) == 1 else sizes
     expected = [(count, *loss.outputs.shape[1:]) for loss in losses]
-    if len(sizes) != count or sum(sizes) != number or [x.shape for x in found] != expected:
+    together = 1 if is_apart else len(sizes)
+    if together != count or sum(sizes) != number or [x.shape for x in found] != expected:
         return None
-    return ExampleRows(source, problem, losses, key, sizes)
+    return ExampleRows(source, problem, losses, key, sizes, is_apart)
 
 
 # Roundings in another order, through a deep network or second derivatives; and what is no rounding in any precision.

@@ -93,7 +93,7 @@ class ExactSource(CurvatureSource):
         """The unweighted matrix of one loss times a vector."""
 
     def num_cotangents(self, losses: tuple[Loss, ...]) -> int:
-        return sum(math.prod(loss.outputs.shape[1:]) for loss in losses)
+        return max(columns.stop for columns in _columns(losses))
 
     def cotangents(self, losses: tuple[Loss, ...], index: Counter, key: PRNGKey | None) -> Cotangents:
         dtype = jnp.result_type(*(loss.outputs for loss in losses))
@@ -102,21 +102,24 @@ class ExactSource(CurvatureSource):
 
     def multiply_factor(self, losses: tuple[Loss, ...], vector: Float[Array, "n k"], key: PRNGKey | None) -> Cotangents:
         del key
-        results, start = [], 0
-        for loss in losses:
-            stop = start + math.prod(loss.outputs.shape[1:])
-            part = vector[:, start:stop].reshape(loss.outputs.shape).astype(loss.outputs.dtype)
+        results = []
+        for loss, columns in zip(losses, _columns(losses), strict=True):
+            part = vector[:, columns].reshape(loss.outputs.shape).astype(loss.outputs.dtype)
             results.append(loss.weigh(self.factor(loss, part)))
-            start = stop
         return tuple(results)
 
     def multiply_factor_transpose(
         self, losses: tuple[Loss, ...], vectors: Cotangents, key: PRNGKey | None
     ) -> Float[Array, "n k"]:
         del key
-        pairs = zip(losses, vectors, strict=True)
-        results = [self.factor_transpose(loss, loss.weigh(vector)) for loss, vector in pairs]
-        return jnp.concatenate([result.reshape(len(result), -1) for result in results], axis=1)
+        rows: dict[range, list[Array]] = {}
+        for loss, vector in zip(losses, vectors, strict=True):
+            result = self.factor_transpose(loss, loss.weigh(vector))
+            rows.setdefault(loss.examples, []).append(result.reshape(len(result), -1))
+        width = self.num_cotangents(losses)
+        of_sets = [jnp.concatenate(each, axis=1) for each in rows.values()]
+        of_sets = [jnp.pad(each, [(0, 0), (0, width - each.shape[1])]) for each in of_sets]
+        return sum(of_sets[1:], of_sets[0])
 
     def multiply(self, losses: tuple[Loss, ...], vectors: Cotangents, key: PRNGKey | None) -> Cotangents:
         del key
@@ -251,6 +254,16 @@ class EmpiricalFisher(CotangentSource):
     def cotangents(self, losses: tuple[Loss, ...], index: Counter, key: PRNGKey | None) -> Cotangents:
         del index, key
         return tuple(loss.weigh(loss.gradient()) for loss in losses)
+
+
+def _columns(losses: tuple[Loss, ...]) -> list[slice]:
+    """Which columns of Q belong to each loss. Losses of different examples share columns."""
+    ends, found = {}, []
+    for loss in losses:
+        start = ends.get(loss.examples, 0)
+        ends[loss.examples] = start + math.prod(loss.outputs.shape[1:])
+        found.append(slice(start, ends[loss.examples]))
+    return found
 
 
 def column(source: CurvatureSource, losses: tuple[Loss, ...], index: Counter, key: PRNGKey | None) -> Cotangents:

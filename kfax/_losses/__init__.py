@@ -12,5 +12,6 @@ from .energy import energy_loss as energy_loss, EnergyLoss as EnergyLoss
 from .function import function_loss as function_loss, FunctionLoss as FunctionLoss
 from .gaussian import squared_error as squared_error, SquaredError as SquaredError
 from .learned_variance import gaussian_nll as gaussian_nll, GaussianNLL as GaussianNLL
+from .partial import of_all_examples as of_all_examples
 from .penalty import Penalty as Penalty
 from .poisson import poisson_nll as poisson_nll, PoissonNLL as PoissonNLL

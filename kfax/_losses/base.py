@@ -141,6 +141,11 @@ class Loss(eqx.Module):
         """n, the size of axis 0 of the outputs, whatever the weights."""
         return self.outputs.shape[0]
 
+    @property
+    def examples(self) -> range:
+        """Which of the examples that are run together it is of: all, unless other losses are of others."""
+        return range(self.num_examples)
+
     def example_weights(self) -> Float[Array, " n"] | None:
         """The weights of the examples divided by their mean, or `None` if they are equal."""
         return self.weighting.example_weights(self.num_examples)

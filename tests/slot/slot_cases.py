@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 from reference import explicit_rows
 
+from kfax._example_axis import ExampleAxis
 from kfax._math.tree import tie
-from kfax._slot import ExampleAxis, observe, Slot
+from kfax._slot import observe, Slot
 
 
 N, T, D = 8, 5, 6
@@ -43,7 +44,7 @@ GRADIENTS = jnp.zeros((N, D, D))
 def make_slot(kind, name, value=None, weights=None):
     is_sum = kind is moments and weights is None
     value = (MOMENTS if kind is moments else GRADIENTS) if value is None else value
-    return Slot(value, weights, kind, ExampleAxis(name, N, is_sum, ".layer"))
+    return Slot(value, weights, kind, ExampleAxis(name, (range(N),), is_sum, ".layer"))
 
 
 def collect(batched, kind, name, x, cotangent=COTANGENT, weights=None):

@@ -25,7 +25,8 @@ from slot_cases import (
     WEIGHT,
 )
 
-from kfax._slot import ExampleAxis, observe, Slot
+from kfax._example_axis import ExampleAxis
+from kfax._slot import observe, Slot
 
 
 @pytest.mark.parametrize(("name", "kind"), NAMED)
@@ -89,7 +90,7 @@ def test_bfloat16_rows_give_statistics_in_the_dtype_of_the_slot():
     zeros = (jnp.zeros((D, D), jnp.float32), jnp.zeros((), jnp.float32))
 
     def run(value):
-        slot = Slot(value, None, statistic, ExampleAxis(None, N, True, ".layer"))
+        slot = Slot(value, None, statistic, ExampleAxis(None, (range(N),), True, ".layer"))
         return jax.vmap(lambda z: observe(WEIGHT.astype(jnp.bfloat16) @ z, z, slot))(low)
 
     a, _ = jax.vjp(run, zeros)[1](COTANGENT.astype(jnp.bfloat16))[0]
@@ -105,7 +106,7 @@ def test_integer_inputs(observed):
         return jnp.zeros(11).at[use.x.reshape(-1)].add(1.0)
 
     def run(table, value):
-        slot = Slot(value, None, counts, ExampleAxis(None, N, True, ".layer")) if observed else None
+        slot = Slot(value, None, counts, ExampleAxis(None, (range(N),), True, ".layer")) if observed else None
         return jax.vmap(lambda i: observe(table[i], i, slot))(ids)
 
     outputs, pullback = jax.vjp(run, table, jnp.zeros(11))

@@ -23,7 +23,8 @@ from slot_cases import (
     WEIGHT,
 )
 
-from kfax._slot import ExampleAxis, observe, Slot
+from kfax._example_axis import ExampleAxis
+from kfax._slot import observe, Slot
 
 
 def test_named_axis_of_another_transformation_is_refused():
@@ -60,7 +61,7 @@ def test_shard_map():
 
     def local(x, cotangent):
         def run(value):
-            slot = Slot(value, None, moments, ExampleAxis(None, N // 4, True, ".layer"))
+            slot = Slot(value, None, moments, ExampleAxis(None, (range(N // 4),), True, ".layer"))
             return over_examples(positions)(lambda z: observe(WEIGHT @ z, z, slot), x, None)
 
         value = jax.tree.map(lambda v: jax.lax.pcast(v, "data", to="varying"), MOMENTS)

@@ -102,6 +102,7 @@ from ._losses import (
     SquaredError as SquaredError,
     Weighting as Weighting,
 )
+from ._math.forward_laplacian import forward_laplacian as forward_laplacian
 from ._operations import (
     Arbitrary as Arbitrary,
     Convolution as Convolution,

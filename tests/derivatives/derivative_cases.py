@@ -101,6 +101,12 @@ def third(model, x):
     return along(along(along(lambda t: model(x + t * jnp.ones_like(x)))))(jnp.zeros(()))
 
 
+def laplacian(model, x):
+    """Value, Jacobian and Laplacian at once, of which the model is a part."""
+    value, jacobian, second = kfax.forward_laplacian(lambda z: jnp.sin(model(z)) * jnp.sum(z))(x)
+    return jnp.concatenate([value * second, jacobian.reshape(2, -1).sum(1)])
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     make: Callable
@@ -129,4 +135,7 @@ CASES = {
     "coordinates": Case(Coordinates, points(2), value_gradient_laplacian),
     "scanned": Case(scanned, points(2), value_gradient_laplacian),
     "tied": Case(Tied, points(3), mixed),
+    "mlp-laplacian": Case(small_mlp, points(2), laplacian),
+    "image-laplacian": Case(Image, points(2, 3, 3), laplacian),
+    "scanned-laplacian": Case(scanned, points(2), laplacian),
 }

@@ -18,6 +18,8 @@ VARIANTS = {
     "lora": [[]],
     "custom_loss": [[]],
     "helium": [[]],
+    "poisson": [["--dimension", "5"], []],
+    "heat": [[]],
     "optax_chain": [[]],
     "preconditioned_cg": [[]],
 }
@@ -30,6 +32,8 @@ PRINTED = {
     "lora": ("K-FAC", "Adam", "before"),
     "custom_loss": ("Student's t", "squared error", "distance"),
     "helium": ("SPRING", "Adam", "variance"),
+    "poisson": ("Gauss-Newton", "sample space", "K-FAC", "L-BFGS", "Adam"),
+    "heat": ("Gauss-Newton", "K-FAC", "Adam"),
     "optax_chain": ("scale_by_curvature", "scale_by_adam"),
     "preconditioned_cg": ("no preconditioner", "diagonal", "exact damping"),
 }

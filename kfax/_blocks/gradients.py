@@ -48,6 +48,7 @@ class GradientBlock(ProductBlock):
         second_moment: ArrayTree,
         weights: Float[Array, " n"] | None,
         num_examples: int,
+        given: ArrayTree | None,
     ) -> ArrayTree:
         return jax.tree.map(lambda kept: kept / num_examples, second_moment)
 

@@ -81,6 +81,7 @@ class KroneckerFactored(ProductBlock):
         second_moment: ArrayTree,
         weights: Float[Array, " n"] | None,
         num_examples: int,
+        given: ArrayTree | None,
     ) -> KroneckerFactors:
         sizes = factor_sizes(shape, self.max_dim)
 

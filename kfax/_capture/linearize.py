@@ -35,11 +35,13 @@ class Reading:
     - `statistic`: `(operation, use)` to what is read of one use. Usually the operation is the part's own; of a
         parameter that is tied to another layer's, it is what that one does.
     - `is_sum`: whether it is a plain sum over rows.
+    - `given`: what a `Use` hands to the statistic, with the stack axes of the layer.
     """
 
     zeros: ArrayTree
     statistic: Callable[[Operation, Use], ArrayTree]
     is_sum: bool
+    given: ArrayTree | None = None
 
 
 class Problem(eqx.Module):
@@ -78,12 +80,14 @@ class Linearization(eqx.Module):
     - `evaluation`: the losses, and what else `loss_fn` returned.
     - `weights`: of the examples, divided by their mean; `None` if equal.
     - `pullback`: from cotangents of the arrays of losses and penalty to cotangents of the parameters and of the slots.
+    - `given`: what the readings were given, by path.
     """
 
     problem: Problem
     evaluation: Evaluation
     weights: Float[Array, " n"] | None
     pullback: Callable
+    given: dict[str, ArrayTree | None]
 
     @property
     def losses(self) -> tuple[Loss, ...]:
@@ -226,10 +230,10 @@ def linearize(
     if any(loss.weighting.is_weighted for loss in shapes):
         weights = jax.lax.stop_gradient(_example_weights(unobserved()))
 
-    run, values, uses = _Run(), {}, {}
+    run, values, uses, given = _Run(), {}, {}, {}
     if read is not None:
         make = functools.partial(_slot, example_axis, num_examples, weights, run)
-        values, uses = _slots(problem, lambda part: read(part, num_examples), make)
+        values, uses, given = _slots(problem, lambda part: read(part, num_examples), make)
 
     def observed(parameters, values):
         filled = {
@@ -241,7 +245,7 @@ def linearize(
 
     with _explained(_FORWARD):
         terms, pullback, (state, aux) = eqx.filter_vjp(observed, parameters, values, has_aux=True)
-    return Linearization(problem, Evaluation(*terms, state, aux), weights, pullback)
+    return Linearization(problem, Evaluation(*terms, state, aux), weights, pullback, given)
 
 
 _OUT_OF_SIGHT = (
@@ -280,25 +284,29 @@ def _slots(
     problem: Problem,
     read: Callable[[Part], Reading],
     make: Callable[[Part, Reading, str, tuple[str, ...], Operation], Slot],
-) -> tuple[dict[str, ArrayTree], dict[tuple[str, str], list[tuple[str, Slot]]]]:
-    """The slots' values by part, and for each place in the model its slots, with the parts that they belong to."""
+) -> tuple[dict[str, ArrayTree], dict[tuple[str, str], list[tuple[str, Slot]]], dict[str, ArrayTree | None]]:
+    """The slots' values by part, for each place in the model its slots, with the parts that they belong to, and what
+    the readings were given, by part.
+    """
     model, frozen = problem.model, problem.frozen
     split_parameters(model, frozen)  # every parameter needs a block
     loans: dict[str, list[Borrowed]] = {}
     for loan in borrowed(model, trainable(model, frozen)):
         loans.setdefault(loan.owner, []).append(loan)
     values, uses = {}, {}
-    anchor = tie(jnp.zeros((), bool), problem)  # one for all, since a problem has as many arrays as layers
     found = parts(eqx.filter_eval_shape(lambda: problem.parameters)).values()
+    readings = {part.key: read(part) for part in found}
+    given = {key: reading.given for key, reading in readings.items()}
+    anchor = tie(jnp.zeros((), bool), (problem, given))  # one for all, since a problem has as many arrays as layers
     places = {part.key: (part, *loans.get(part.key, ())) for part in found}
     paths = tuple(dict.fromkeys(place.path for several in places.values() for place in several))
     for part in found:
-        reading = read(part)
+        reading = readings[part.key]
         values[part.key] = tie(reading.zeros, anchor)
         for place in places[part.key]:
             slot = make(part, reading, place.path, paths, place.operation)
             uses.setdefault((place.path, place.name), []).append((part.key, slot))
-    return values, uses
+    return values, uses, given
 
 
 def _slot(
@@ -338,7 +346,7 @@ def _slot(
     stacked = None if weights is None else jnp.broadcast_to(weights, (*stack, num_examples))
     axis = ExampleAxis(example_axis, num_examples, reading.is_sum and weights is None, path, paths)
     ndim = jax.tree.leaves(reading.zeros)[0].ndim - len(stack)
-    return Slot(reading.zeros, stacked, statistic, axis, ndim, on_forward)
+    return Slot(reading.zeros, stacked, statistic, axis, ndim, on_forward, given=reading.given)
 
 
 def _observed(part: Part, operation: Operation, use: Use) -> str:

@@ -157,7 +157,7 @@ class _Link(eqx.Module):
             problem = problem_with(problem, preconditioner.part_of(problem.batch, state.step))
 
         def fold():
-            measured = measured_across(self.loss_fn, estimator.measure(estimator.linearize(problem), key))
+            measured = measured_across(self.loss_fn, estimator.measure(estimator.linearize(problem, state.preconditioner.curvature), key))
             return preconditioner.fold(state.preconditioner, measured, is_good & due)[0]
 
         return cond(due if due is True else anywhere(due), fold, lambda: state.preconditioner)

@@ -71,7 +71,7 @@ def partial_traces(shape, matrix):
 def gradient_case(block, shape):
     gradients = random_gradients(shape)
     inputs, moment = (), block.second_moment(shape, gradients)
-    statistics = block.statistics(shape, inputs, moment, None, N)
+    statistics = block.statistics(shape, inputs, moment, None, N, None)
     matrix, ndim = exact(shape, gradients), len(shape.leading)
     if isinstance(block, kfax.Diagonal):
         matrix = jnp.diag(jnp.diag(matrix))

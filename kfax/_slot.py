@@ -146,6 +146,7 @@ class Use(eqx.Module):
     - `is_tangent`: whether `x` is the derivative of an input along some direction, within a loss that contains
         derivatives of the model. What is added to every output, a bias, has no part in it.
     - `given`: what the estimator has of this layer from before, such as an eigenbasis, if the statistic asks for it.
+    - `is_only`: whether it is known that there is no other use of the layer.
     """
 
     x: ArrayTree
@@ -154,7 +155,8 @@ class Use(eqx.Module):
     weights: Float[Array, " n"] | None
     context: PyTree
     is_tangent: bool = eqx.field(static=True, default=False)
-    given: ArrayTree | None = None
+    given: ArrayTree = None
+    is_only: bool = eqx.field(static=True, default=False)
 
     @property
     def num_examples(self) -> int:
@@ -189,7 +191,7 @@ class Slot(eqx.Module):
     ndim: int = eqx.field(static=True, default=0)
     on_forward: Callable[[], None] = eqx.field(static=True, default=lambda: None)
     present: Bool[Array, "*stack"] | None = None
-    given: ArrayTree | None = None
+    given: ArrayTree = None
 
     @property
     def is_stacked(self) -> bool:

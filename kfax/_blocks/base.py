@@ -58,13 +58,18 @@ class Block(eqx.Module):
     def is_sum(self) -> bool:
         """Whether what `record` returns is a plain sum over rows, so that it need not know the examples."""
 
+    @property
     @abc.abstractmethod
-    def given(self, shape: MatrixShape, statistics: Any) -> ArrayTree | None:
+    def counts_uses(self) -> bool:
+        """Whether it makes a difference to know that a layer is used once. To find out takes no more than tracing."""
+
+    @abc.abstractmethod
+    def given(self, shape: MatrixShape, statistics: Any) -> ArrayTree:
         """What `record` finds in `use.given` of the statistics so far, or `None` if it needs nothing of them."""
 
     @abc.abstractmethod
-    def slot(self, shape: MatrixShape, num_examples: int) -> Recorded:
-        """Zeros of the shapes that `record` returns (with the stack axes)."""
+    def slot(self, shape: MatrixShape, num_examples: int, is_only: bool) -> Recorded:
+        """Zeros of the shapes that `record` returns (with the stack axes), of a use that `is_only` or may not be."""
 
     @abc.abstractmethod
     def record(self, shape: MatrixShape, operation: Operation, use: Use) -> Recorded:
@@ -87,7 +92,7 @@ class Block(eqx.Module):
         second_moment: ArrayTree,
         weights: Float[Array, " n"] | None,
         num_examples: int,
-        given: ArrayTree | None,
+        given: ArrayTree,
     ) -> Any:
         """Turns `Recorded.inputs` and the summed `second_moment` into means over examples."""
 
@@ -181,6 +186,10 @@ class ProductBlock(Block):
     @abc.abstractmethod
     def zeros(self, shape: MatrixShape) -> Any:
         """Statistics of zeros."""
+
+    @property
+    def counts_uses(self) -> bool:
+        return False
 
     def given(self, shape: MatrixShape, statistics: Any) -> None:
         return None

@@ -1,6 +1,6 @@
 """The Kronecker-factored block with exact eigenvalues in its eigenbasis."""
 
-import dataclasses
+from typing import Any, cast, TypeAlias
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from .product import Eigh, Inverse, Product, SpectralInverse, Spectrum
 from .sharing import Expand, KroneckerFactors, Sharing
 
 
-Bases = tuple[Float[Array, "*leading d_g d_g"] | None, Float[Array, "*leading d_a d_a"] | None]
+Bases: TypeAlias = tuple[Float[Array, "*leading d_g d_g"] | None, Float[Array, "*leading d_a d_a"] | None]
 
 
 class CorrectedFactors(Summarized):
@@ -91,24 +91,36 @@ class EigenvalueCorrected(Block):
     def is_sum(self) -> bool:
         return False
 
+    @property
+    def counts_uses(self) -> bool:
+        return True
+
     def given(self, shape: MatrixShape, statistics: CorrectedFactors) -> Bases:
         """The bases."""
         return _bases(statistics)
 
-    def slot(self, shape: MatrixShape, num_examples: int) -> Recorded:
-        factors = self._factored.slot(shape, num_examples)
-        gradients = jnp.zeros((*shape.leading, num_examples, shape.d_g, shape.d_a), shape.statistics_dtype)
+    def slot(self, shape: MatrixShape, num_examples: int, is_only: bool) -> Recorded:
+        factors = self._factored.slot(shape, num_examples, is_only)
+        examples = () if is_only else (num_examples,)
+        gradients = jnp.zeros((*shape.leading, *examples, shape.d_g, shape.d_a), shape.statistics_dtype)
         return Recorded(factors.inputs, (factors.cotangents, gradients))
 
     def record(self, shape: MatrixShape, operation: Operation, use: Use) -> Recorded:
         operation = check_factored(self, operation)
         factors = self._factored.record(shape, operation, use)
-        gradients = _gradients(shape, operation, use)
+        a, g = _rows(shape, operation, use)
+        if use.is_only and a.shape[-2] == 1:
+            gradients = _squares_of_products(use.given, a, g)
+        else:
+            gradients = _gradients(use.given, a, g)
+            gradients = _sum_of_squares(gradients) if use.is_only else gradients
         return Recorded(factors.inputs, (factors.cotangents, gradients))
 
     def second_moment(self, shape: MatrixShape, cotangents: ArrayTree) -> ArrayTree:
         factors, gradients = cotangents
-        return self._factored.second_moment(shape, factors), jnp.sum(gradients * gradients, axis=-3)
+        has_examples = gradients.ndim > len(shape.leading) + 2
+        squares = _sum_of_squares(gradients) if has_examples else gradients
+        return self._factored.second_moment(shape, factors), squares
 
     def statistics(
         self,
@@ -117,15 +129,14 @@ class EigenvalueCorrected(Block):
         second_moment: ArrayTree,
         weights: Float[Array, " n"] | None,
         num_examples: int,
-        given: Bases,
+        given: ArrayTree,
     ) -> CorrectedFactors:
-        g, squares = second_moment
+        (g, squares), (left, right) = second_moment, given
         factors = self._factored.statistics(shape, inputs, g, weights, num_examples, None)
-        return CorrectedFactors(factors, *given, squares / num_examples)
+        return CorrectedFactors(factors, left, right, squares / num_examples)
 
     def init(self, shape: MatrixShape) -> BlockState:
-        factors = self._factored.zeros(shape)
-        ndim, dtype = len(shape.leading), shape.statistics_dtype
+        factors, ndim, dtype = self._factored.zeros(shape), len(shape.leading), shape.statistics_dtype
         left, right = (None if linalg.is_diagonal(f, ndim) else jnp.zeros_like(f) for f in (factors.g, factors.a))
         values = jnp.zeros((*shape.leading, shape.d_g, shape.d_a), dtype)
         statistics = CorrectedFactors(factors, left, right, values)
@@ -147,14 +158,14 @@ class EigenvalueCorrected(Block):
         spectrum = _in_new_basis(statistics, product, product.spectrum(results))
         return SpectralInverse(spectrum, damping.astype(spectrum.values.dtype))
 
-    def rebase(self, shape: MatrixShape, statistics: CorrectedFactors, inverse: SpectralInverse) -> CorrectedFactors:
-        new = inverse.spectrum
+    def rebase(self, shape: MatrixShape, statistics: CorrectedFactors, inverse: Inverse) -> CorrectedFactors:
+        new = cast(SpectralInverse, inverse).spectrum
         return CorrectedFactors(statistics.factors, new.left, new.right, new.values)
 
     def redamp(
-        self, shape: MatrixShape, statistics: CorrectedFactors, inverse: SpectralInverse, damping: Scalar
+        self, shape: MatrixShape, statistics: CorrectedFactors, inverse: Inverse, damping: Scalar
     ) -> SpectralInverse:
-        old = inverse.spectrum
+        old = cast(SpectralInverse, inverse).spectrum
         # Infinite before the first refresh, so that nothing moves.
         values = jnp.where(jnp.isfinite(old.values), statistics.values, old.values)
         return SpectralInverse(Spectrum(old.left, old.right, values), damping.astype(values.dtype))
@@ -181,7 +192,7 @@ class EigenvalueCorrected(Block):
         left, right = (jnp.ones((*shape.leading, d), dtype) if basis is None else basis for basis, d in bases)
         vectors = Product(left, right, len(shape.leading)).to_dense()
         values = statistics.values.reshape(*shape.leading, 1, -1)
-        return linalg.matmul(vectors * values, linalg.transpose(vectors))
+        return linalg.matmul(vectors * values, vectors.mT)
 
     def refresh_flops(self, shape: MatrixShape) -> int:
         return self._factored.refresh_flops(shape)
@@ -210,44 +221,71 @@ def _bases(statistics: CorrectedFactors) -> Bases:
     return one(statistics.left), one(statistics.right)
 
 
-def _gradients(shape: MatrixShape, operation: FactoredOperation, use: Use) -> Float[Array, "*groups n d_g d_a"]:
-    """`U_Gᵀ D_n U_A` of one use: a product of four matrices, in the order that takes the fewest operations."""
-    left, right = use.given
+def _rows(
+    shape: MatrixShape, operation: FactoredOperation, use: Use
+) -> tuple[Float[Array, "*groups n r d_a"], Float[Array, "*groups n r d_g"]]:
+    """ā and g of one use."""
     a, g = (rows.astype(shape.statistics_dtype) for rows in (operation.inputs(use.x), operation.cotangents(use.dy)))
-    a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, shape.d_a - a.shape[-1])])  # a bias that this use has not
-    if right is not None and g.shape[-2] <= shape.d_g:
-        a, right = jnp.einsum("...nri,...ij->...nrj", a, right), None
-    if left is not None and g.shape[-2] <= shape.d_a:
-        g, left = jnp.einsum("...nri,...ij->...nrj", g, left), None
+    return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, shape.d_a - a.shape[-1])]), g  # a bias that this use has not
+
+
+def _turned(rows: Float[Array, "*groups n r d"], basis: Array | None) -> Float[Array, "*groups n r d"]:
+    return rows if basis is None else jnp.einsum("...nri,...ij->...nrj", rows, basis)
+
+
+def _squares_of_products(
+    bases: Bases, a: Float[Array, "*groups n 1 d_a"], g: Float[Array, "*groups n 1 d_g"]
+) -> Float[Array, "*groups d_g d_a"]:
+    """The sum of squares of gradients that are products of two rows each: one product of matrices."""
+    a, g = _turned(a, bases[1]), _turned(g, bases[0])
+    return jnp.einsum("...nri,...nrj->...ij", g * g, a * a)
+
+
+def _gradients(
+    bases: Bases, a: Float[Array, "*groups n r d_a"], g: Float[Array, "*groups n r d_g"]
+) -> Float[Array, "*groups n d_g d_a"]:
+    """`U_Gᵀ D_n U_A`: a product of four matrices, in the order that takes the fewest operations."""
+    (left, right), num_rows = bases, a.shape[-2]
+    if num_rows <= g.shape[-1]:
+        a, right = _turned(a, right), None
+    if num_rows <= a.shape[-1]:
+        g, left = _turned(g, left), None
     gradients = jnp.einsum("...nri,...nrj->...nij", g, a)
     if left is not None:
         gradients = jnp.einsum("...nij,...ik->...nkj", gradients, left)
-    return gradients if right is None else jnp.einsum("...nij,...jk->...nik", gradients, right)
+    return _turned(gradients, right)
+
+
+def _sum_of_squares(gradients: Float[Array, "*leading n d_g d_a"]) -> Float[Array, "*leading d_g d_a"]:
+    return jnp.sum(gradients * gradients, axis=-3)
 
 
 def _in_new_basis(statistics: CorrectedFactors, product: Product, new: Spectrum) -> Spectrum:
-    """What is known of Λ, in the eigenbasis of the product: by how much Λ differs from the diagonal of the product.
+    """What is known of Λ, in the eigenbasis of the product.
 
-    That is known in the old basis and smooth, while the diagonal is known in both and is not. The trace stays.
+    The diagonal of the product is known in both bases. By how much Λ differs from it is known in the old one, and
+    varies slowly, so that a mean over the old vectors that a new one consists of says much. The trace stays.
     """
-    left, right = _bases(statistics)
-    expected = _diagonal_in(left, product.left, product.ndim)[..., :, None] * _diagonal_in(right, product.right, product.ndim)[..., None, :]
-    smallest = jnp.finfo(expected.dtype).eps * jnp.max(expected, axis=(-2, -1), keepdims=True)
-    is_known = expected > smallest
-    ratios = jnp.where(is_known, statistics.values / jnp.where(is_known, expected, 1), 1)
-    turned = linalg.sandwich(_squared_turn(new.left, left), ratios, linalg.transpose(_squared_turn(new.right, right)))
-    values = new.values * turned
-    total, before = jnp.sum(values, axis=(-2, -1), keepdims=True), jnp.sum(statistics.values, axis=(-2, -1), keepdims=True)
-    return Spectrum(new.left, new.right, values * before / jnp.where(total > 0, total, 1))
+    old = Spectrum(*_bases(statistics), statistics.values)
+    expected = _diagonal_in(old, product)
+    is_known = expected > jnp.finfo(expected.dtype).eps * jnp.max(expected, axis=(-2, -1), keepdims=True)
+    ratios = jnp.where(is_known, old.values / jnp.where(is_known, expected, 1), 1)
+    turn_left, turn_right = _squared_turn(old.left, new.left), _squared_turn(old.right, new.right)
+    values = new.values * linalg.sandwich(linalg.transpose(turn_left), ratios, turn_right)
+    before, after = (jnp.sum(each, axis=(-2, -1), keepdims=True) for each in (old.values, values))
+    return Spectrum(new.left, new.right, values * before / jnp.where(after > 0, after, 1))
 
 
-def _diagonal_in(basis: Array | None, factor: Array, ndim: int) -> Array:
-    """The diagonal of a factor in a basis."""
-    if basis is None:
-        return factor
-    return jnp.sum(basis * linalg.matmul(factor, basis), axis=-2)
+def _diagonal_in(basis: Spectrum, product: Product) -> Float[Array, "*leading d_g d_a"]:
+    """The diagonal of a product in a basis."""
+
+    def one(factor: Any, vectors: Array | None) -> Array:
+        return factor if vectors is None else jnp.sum(vectors * linalg.matmul(factor, vectors), axis=-2)
+
+    left, right = one(product.left, basis.left), one(product.right, basis.right)
+    return left[..., :, None] * right[..., None, :]
 
 
-def _squared_turn(new: Array | None, old: Array | None) -> Array | None:
-    """How much of each old vector, as columns, is in each new one: squares that add up to one either way."""
-    return None if new is None or old is None else jnp.square(linalg.matmul(linalg.transpose(new), old))
+def _squared_turn(old: Array | None, new: Array | None) -> Array | None:
+    """How much of each old vector is in each new one, as a column: squares, whose sums are one either way."""
+    return None if old is None or new is None else jnp.square(linalg.matmul(old.mT, new))

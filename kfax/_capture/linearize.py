@@ -20,6 +20,7 @@ from .._operations import Operation
 from .._slot import ExampleAxis, Slot, Use
 from .across import on_each
 from .evaluate import evaluate, Evaluation
+from .uses import count_uses
 
 
 Cotangents = tuple[Float[Array, "n ..."], ...]
@@ -41,7 +42,7 @@ class Reading:
     zeros: ArrayTree
     statistic: Callable[[Operation, Use], ArrayTree]
     is_sum: bool
-    given: ArrayTree | None = None
+    given: ArrayTree = None
 
 
 class Problem(eqx.Module):
@@ -87,7 +88,7 @@ class Linearization(eqx.Module):
     evaluation: Evaluation
     weights: Float[Array, " n"] | None
     pullback: Callable
-    given: dict[str, ArrayTree | None]
+    given: dict[str, ArrayTree]
 
     @property
     def losses(self) -> tuple[Loss, ...]:
@@ -202,16 +203,21 @@ class _Run:
 
 
 def linearize(
-    problem: Problem, read: Callable[[Part, int], Reading] | None = None, *, example_axis: str | None = None
+    problem: Problem,
+    read: Callable[[Part, int, bool], Reading] | None = None,
+    *,
+    example_axis: str | None = None,
+    counts_uses: bool = False,
 ) -> Linearization:
     """Runs the model forward with its slots filled.
 
     **Arguments:**
 
     - `problem`: what to run.
-    - `read`: given an operation that has shapes in place of its trained parameters, and the number of examples, says
-        what to read of it. Without it slots stay empty.
+    - `read`: given an operation that has shapes in place of its trained parameters, the number of examples, and whether
+        the operation is known to be used once, says what to read of it. Without it slots stay empty.
     - `example_axis`: the name of the axis that enumerates the examples, or `None` for the outermost one.
+    - `counts_uses`: whether to find out which are used once.
     """
     parameters = on_each(problem.loss_fn, problem.parameters)
 
@@ -224,7 +230,8 @@ def linearize(
     def unobserved():
         return call(parameters, {})[0][0]
 
-    shapes = eqx.filter_eval_shape(unobserved)
+    uncounted = lambda: (eqx.filter_eval_shape(unobserved), frozenset())  # noqa: E731
+    shapes, once = _used_once(problem, parameters, example_axis) if counts_uses else uncounted()
     num_examples = shapes[0].num_examples
     weights = None
     if any(loss.weighting.is_weighted for loss in shapes):
@@ -233,19 +240,36 @@ def linearize(
     run, values, uses, given = _Run(), {}, {}, {}
     if read is not None:
         make = functools.partial(_slot, example_axis, num_examples, weights, run)
-        values, uses, given = _slots(problem, lambda part: read(part, num_examples), make)
+        values, uses, given = _slots(problem, lambda part: read(part, num_examples, part.key in once), make)
 
     def observed(parameters, values):
-        filled = {
-            place: tuple(dataclasses.replace(slot, value=values[key]) for key, slot in slots)
-            for place, slots in uses.items()
-        }
         with run:
-            return call(parameters, filled)
+            return call(parameters, _filled(uses, values))
 
     with _explained(_FORWARD):
         terms, pullback, (state, aux) = eqx.filter_vjp(observed, parameters, values, has_aux=True)
     return Linearization(problem, Evaluation(*terms, state, aux), weights, pullback, given)
+
+
+def _used_once(
+    problem: Problem, parameters: Parameters, example_axis: str | None
+) -> tuple[tuple[Loss, ...], frozenset[str]]:
+    """The losses, with shapes in place of arrays, and which operations are known to be used once at most."""
+
+    def read(part):
+        return Reading(jnp.zeros(part.operation.shape().stack), lambda operation, use: use, is_sum=True)
+
+    run = _Run()
+    values, uses, _ = _slots(problem, read, functools.partial(_slot, example_axis, 0, None, run))
+
+    def losses(values):
+        with run:
+            return problem.evaluate(parameters, _filled(uses, values)).losses
+
+    program, arrays, others = eqx.filter_make_jaxpr(losses)(values)
+    counts = count_uses(program, range(len(values)))
+    once = frozenset(key for key, count in zip(sorted(values), counts, strict=True) if count <= 1)
+    return eqx.combine(arrays, others), once
 
 
 _OUT_OF_SIGHT = (
@@ -284,10 +308,8 @@ def _slots(
     problem: Problem,
     read: Callable[[Part], Reading],
     make: Callable[[Part, Reading, str, tuple[str, ...], Operation], Slot],
-) -> tuple[dict[str, ArrayTree], dict[tuple[str, str], list[tuple[str, Slot]]], dict[str, ArrayTree | None]]:
-    """The slots' values by part, for each place in the model its slots, with the parts that they belong to, and what
-    the readings were given, by part.
-    """
+) -> tuple[dict[str, ArrayTree], dict[tuple[str, str], list[tuple[str, Slot]]], dict[str, ArrayTree]]:
+    """The slots by value and by place in the model, there with the parts that they belong to; and what is given."""
     model, frozen = problem.model, problem.frozen
     split_parameters(model, frozen)  # every parameter needs a block
     loans: dict[str, list[Borrowed]] = {}
@@ -307,6 +329,16 @@ def _slots(
             slot = make(part, reading, place.path, paths, place.operation)
             uses.setdefault((place.path, place.name), []).append((part.key, slot))
     return values, uses, given
+
+
+def _filled(
+    uses: Mapping[tuple[str, str], list[tuple[str, Slot]]], values: Mapping[str, ArrayTree]
+) -> dict[tuple[str, str], tuple[Slot, ...]]:
+    """The slots with their values."""
+    return {
+        place: tuple(dataclasses.replace(slot, value=values[key]) for key, slot in slots)
+        for place, slots in uses.items()
+    }
 
 
 def _slot(

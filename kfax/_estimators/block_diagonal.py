@@ -1,5 +1,6 @@
 """Curvature that ignores what happens between layers."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -109,9 +110,11 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         check_observed(problem, self.example_axis)
 
     def linearize(self, problem: Problem, state: BlockDiagonalState) -> Linearization:
-        check_keys(state.inverses, parts(problem.parameters))
+        found = parts(problem.parameters)
+        check_keys(state.inverses, found)
         read = functools.partial(read_statistics, state.average.value)
-        return linearize(problem, read, example_axis=self.example_axis)
+        counts_uses = any(part.block.counts_uses for part in found.values())
+        return linearize(problem, read, example_axis=self.example_axis, counts_uses=counts_uses)
 
     def measure(self, linearization: Linearization, key: PRNGKey | None) -> MovingAverage:
         found = parts(linearization.problem.parameters)
@@ -157,8 +160,8 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         their new bases. Matrices of one size, of whatever layers, are inverted in one call.
         """
         found, dampings = _by_key(state, parameters, damping)
-        values = state.average.value
-        kinds = {key: (part.block, part.operation.shape()) for key, part in found.items() if only is None or key in only}
+        values, chosen = state.average.value, found if only is None else {key: found[key] for key in only}
+        kinds = {key: (part.block, part.operation.shape()) for key, part in chosen.items()}
         if self.placement is None:
             new = inverses_of(kinds, values, dampings)
         else:
@@ -201,14 +204,15 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         refreshed = self.refresh(state, parameters, damping, only)
         old, new = state.average.value, refreshed.average.value
         # Statistics that stayed as they were are left out: XLA would copy them.
-        rebased = [key for key in new if new[key] is not old[key]]
+        pairs = {key: zip(jax.tree.leaves(old[key]), jax.tree.leaves(new[key]), strict=True) for key in old}
+        rebased = [key for key, leaves in pairs.items() if any(x is not y for x, y in leaves)]
 
         def pair(state, key):
             return state.inverses[key], state.average.value[key] if key in rebased else None
 
         keys = tuple(state.inverses) if only is None else only
-        pairs = ({key: pair(each, key) for key in keys} for each in (refreshed, state))
-        kept, failed = keep_finite(*pairs, self.weight(state) > 0, is_wanted)
+        mine, before = ({key: pair(each, key) for key in keys} for each in (refreshed, state))
+        kept, failed = keep_finite(mine, before, self.weight(state) > 0, is_wanted)
         values, inverses = old | {key: kept[key][1] for key in rebased}, {key: kept[key][0] for key in keys}
         return _with(state, values, state.inverses | inverses), failed
 
@@ -250,7 +254,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
 
         def of_no_example(key, part):
             block, shape = part.block, part.operation.shape()
-            empty, given = block.slot(shape, 1), block.given(shape, state.average.value[key])
+            empty, given = block.slot(shape, 1, False), block.given(shape, state.average.value[key])
             moment = block.second_moment(shape, empty.cotangents)
             return block.statistics(shape, empty.inputs, moment, None, 1, given)
 
@@ -346,14 +350,15 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         return {key: mean(key, part) for key, part in found.items()}
 
 
-def read_statistics(known: Mapping[str, Any], part: Part, num_examples: int) -> Reading:
+def read_statistics(known: Mapping[str, Any], part: Part, num_examples: int, is_only: bool) -> Reading:
     """How the statistics of a part are read, given those that are known."""
     block, shape = part.block, part.operation.shape()
 
     def statistic(operation, use):
-        return block.record(shape, operation, use)
+        return block.record(shape, operation, dataclasses.replace(use, is_only=is_only))
 
-    return Reading(block.slot(shape, num_examples), statistic, block.is_sum, block.given(shape, known[part.key]))
+    zeros, given = block.slot(shape, num_examples, is_only), block.given(shape, known[part.key])
+    return Reading(zeros, statistic, block.is_sum, given)
 
 
 def _with(state: BlockDiagonalState, values: dict[str, Any], inverses: dict[str, Inverse]) -> BlockDiagonalState:

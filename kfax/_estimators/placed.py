@@ -11,7 +11,7 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .._blocks import costs_of, groups_of, immovable, Kinds, Piece, pieces_of
+from .._blocks import costs_of, EigenvalueCorrected, groups_of, immovable, Kinds, Piece, pieces_of
 from .._capture import Linearization, linearize, Problem
 from .._layers import from_matrices, parts, split_parameters, to_matrices
 from .._math.mesh import on_automatic_axes
@@ -261,6 +261,13 @@ class PlacedCurvature(CurvatureEstimator):
 
     def _pieces(self, parameters: Parameters) -> dict[tuple[str, int], Piece]:
         kinds = {key: (part.block, part.operation.shape()) for key, part in parts(parameters).items()}
+        for key, (block, _) in kinds.items():
+            if isinstance(block, EigenvalueCorrected):
+                raise ValueError(
+                    f"The block of `{key}` is {block}, whose statistics take its eigenbasis, on all devices. Give the "
+                    "inverses a placement instead: `kfax.BlockDiagonalCurvature(placement=placement)`; or use "
+                    "`kfax.KroneckerFactored(inversion=kfax.Eigh())`."
+                )
         return pieces_of(kinds, self.placement.num_devices)
 
     def _shared_out(self, groups: Groups, by_key: Mapping[str, Any]) -> Kept:

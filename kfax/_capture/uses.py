@@ -17,7 +17,7 @@ def count_uses(program: ClosedJaxpr, inputs: Sequence[int]) -> list[float]:
 def _count(program: Jaxpr, variable: Var) -> float:
     readers = [eqn for eqn in program.eqns if any(x is variable for x in eqn.invars)]
     is_result = any(x is variable for x in program.outvars)
-    return math.inf if is_result else sum(_count_in(eqn, variable) for eqn in readers)
+    return math.inf if is_result else sum((_count_in(eqn, variable) for eqn in readers), 0.0)
 
 
 def _count_in(eqn: JaxprEqn, variable: Var) -> float:

@@ -62,9 +62,9 @@ class EigenvalueCorrected(Block):
     A basis is the identity where the factor is diagonal: on the side of an embedding's entries, and where a side of V
     is longer than `max_dim`.
 
-    Memory: `3 (d_a² + d_g²) + 2 d_a d_g` numbers, and one for each parameter and example during an update. A refresh
-    takes about `9 (d_a³ + d_g³)` flops, a solve `4 d_a d_g (d_a + d_g)`, an update twice those of the factors and
-    `4 d_a d_g` for each example.
+    Memory: `3 (d_a² + d_g²) + 2 d_a d_g` numbers; and during an update, if the layer is called more than once or at
+    several positions, one for each parameter and example. A refresh takes about `9 (d_a³ + d_g³)` flops, a solve
+    `4 d_a d_g (d_a + d_g)`, an update twice those of the factors and `4 d_a d_g` for each example.
 
     ??? cite "Source"
         George et al. 2018, arXiv:1806.03884. Differs: Λ sums over the positions of an example before it squares; a new

@@ -206,7 +206,8 @@ def test_inside_shard_map(check_vma):
         state = optimizer.init(model, batch)
         for _ in range(3):
             model, state, _ = optimizer.step(model, state, batch)
-        return eqx.filter(model, eqx.is_array), state.curvature.average
+        # Not bases: of few examples factors are singular, and have many.
+        return eqx.filter(model, eqx.is_array), [each.values for each in state.curvature.average.value.values()]
 
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     everywhere, split = PartitionSpec(), PartitionSpec("data")

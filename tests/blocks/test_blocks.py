@@ -109,11 +109,12 @@ def kron_blocks(shape, left, right):
 def corrected_case(block, shape):
     """Any eigenvalues, in any basis."""
     factors = _factors(jax.random.key(1), shape, shape.d_a <= block.max_dim, shape.d_g <= block.max_dim)
-    bases = [jnp.linalg.eigh(f)[1] if f.ndim == len(shape.leading) + 2 else None for f in (factors.g, factors.a)]
+    pair = (factors.g, factors.a)
+    u_g, u_a = (jnp.linalg.eigh(f)[1] if f.ndim == len(shape.leading) + 2 else None for f in pair)
     values = jnp.square(jax.random.normal(jax.random.key(2), (*shape.leading, shape.d_g, shape.d_a))) + 0.01
-    statistics = kfax.CorrectedFactors(factors, *bases, values)
+    statistics = kfax.CorrectedFactors(factors, u_g, u_a, values)
     identities = [jnp.broadcast_to(jnp.eye(d), (*shape.leading, d, d)) for d in (shape.d_g, shape.d_a)]
-    left, right = (eye if basis is None else basis for basis, eye in zip(bases, identities, strict=True))
+    left, right = (eye if basis is None else basis for basis, eye in zip((u_g, u_a), identities, strict=True))
     vectors = kron_blocks(shape, left, right)
     return statistics, (vectors * values.reshape(-1)) @ vectors.T
 

@@ -9,12 +9,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr
 from jaxtyping import Array, Float
 
 from .._layers import Borrowed, borrowed, fill_slots, parameters_of, Part, parts, split_parameters, trainable
 from .._losses import Loss
-from .._math.tree import is_traced, tie
+from .._math.tree import tie
 from .._math.types import ArrayTree, Model, Parameters, PRNGKey, PyTree, Where
 from .._operations import Operation
 from .._slot import ExampleAxis, Slot, Use
@@ -118,77 +117,6 @@ class Linearization(eqx.Module):
         return eqx.tree_at(lambda terms: [loss.outputs for loss in terms[0]], zeros, list(cotangents))
 
 
-class Outputs(eqx.Module):
-    """A model linearized at its parameters on one batch, from parameters to the losses' outputs.
-
-    **Fields:**
-
-    - `losses`: of the batch.
-    - `pull`: `u -> Jᵀu`.
-    - `push`: `v -> Jv`.
-    """
-
-    losses: tuple[Loss, ...]
-    pull: Callable[[Cotangents], Parameters]
-    push: Callable[[Parameters], Cotangents]
-
-
-def linearize_outputs(problem: Problem) -> Outputs:
-    """Runs the model forward with empty slots.
-
-    Both directions come from one linearization: the backward one is the transpose of the forward one. Of a model that
-    has no forward mode, such as one with a `jax.custom_vjp` function, it is the other way around.
-    """
-    parameters, rest = on_each(problem.loss_fn, problem.parameters), []
-
-    def outputs(parameters):
-        losses = problem.evaluate(parameters).losses
-        arrays, others = eqx.partition(losses, eqx.is_array)
-        rest.append(others)
-        return tuple(loss.outputs for loss in losses), arrays
-
-    pull, push, arrays = _forwards(outputs, parameters) or _backwards(outputs, parameters)
-
-    def explained(vector):
-        with _explained(_PUSH):
-            return push(on_each(problem.loss_fn, vector))
-
-    # In a compiled program it is traced once for several vectors; outside of one it would be compiled for each batch.
-    explained = jax.jit(explained) if is_traced(problem) else explained
-    return Outputs(eqx.combine(arrays, rest[-1]), pull, explained)
-
-
-def _forwards(outputs: Callable, parameters: Parameters) -> tuple[Callable, Callable, PyTree] | None:
-    """Both directions, and what else is returned, by forward mode; `None` if there is none."""
-    try:
-        _, push, arrays = jax.linearize(outputs, parameters, has_aux=True)
-        has_rule = _mentions("custom_lin", jax.make_jaxpr(push)(parameters).jaxpr)
-    except Exception as error:
-        if any(words in str(error) for words in _WITHOUT_FORWARD_MODE):
-            return None
-        raise
-    return None if has_rule else (lambda u: jax.linear_transpose(push, parameters)(u)[0], push, arrays)
-
-
-def _backwards(outputs: Callable, parameters: Parameters) -> tuple[Callable, Callable, PyTree]:
-    """The same by reverse mode, and by the transpose of its backward pass."""
-    values, backward, arrays = jax.vjp(outputs, parameters, has_aux=True)
-    zeros = jax.tree.map(jnp.zeros_like, values)
-    pull = lambda u: backward(u)[0]  # noqa: E731
-    return pull, lambda v: jax.vjp(pull, zeros)[1](v)[0], arrays
-
-
-def _mentions(name: str, jaxpr: Jaxpr) -> bool:
-    """Whether a primitive is somewhere in a program: what stands for a rule of reverse mode is an error only if run."""
-    inner = jax.tree.leaves([list(eqn.params.values()) for eqn in jaxpr.eqns], is_leaf=_is_program)
-    programs = [getattr(each, "jaxpr", each) for each in inner if _is_program(each)]
-    return any(eqn.primitive.name == name for eqn in jaxpr.eqns) or any(_mentions(name, each) for each in programs)
-
-
-def _is_program(x: Any) -> bool:
-    return isinstance(x, Jaxpr | ClosedJaxpr)
-
-
 class _Run:
     """Whether the model is being run forward."""
 
@@ -246,7 +174,7 @@ def linearize(
         with run:
             return call(parameters, _filled(uses, values))
 
-    with _explained(_FORWARD):
+    with explained(_FORWARD):
         terms, pullback, (state, aux) = eqx.filter_vjp(observed, parameters, values, has_aux=True)
     return Linearization(problem, Evaluation(*terms, state, aux), weights, pullback, given)
 
@@ -277,23 +205,15 @@ _OUT_OF_SIGHT = (
     "derivative is then another function's, where it cannot be observed. Leave the derivative to JAX (in diffrax to "
     "the default adjoint), or wrap the module around that function in `kfax.TaggedModule`."
 )
-_ONLY_BACKWARD = (
-    "Products with the Jacobian, which `kfax.QuadraticModel`, `kfax.full_batch` and the exact estimators need, cannot "
-    "be had of this model: its backward pass has a `while_loop` (that of diffrax's default adjoint has). Give the "
-    "solver another adjoint, such as `diffrax.DirectAdjoint()`, or choose learning rate and momentum by numbers or "
-    "schedules, as `kfax.stochastic` does."
-)
 
-# By what JAX says of it: of forward mode through a function without, and of a slot that is not an argument.
-_WITHOUT_FORWARD_MODE = ("forward-mode", "custom_lin", "call_hi_primitive")
+# By what JAX says of it: of a slot that is not an argument.
 _FORWARD = {
     "closed-over value": f"A tagged layer {_OUT_OF_SIGHT}",
 }
-_PUSH = {"while_loop": _ONLY_BACKWARD}
 
 
 @contextlib.contextmanager
-def _explained(explanations: Mapping[str, str]) -> Iterator[None]:
+def explained(explanations: Mapping[str, str]) -> Iterator[None]:
     """Replaces what JAX cannot say of kfax's use of it; should JAX's wording change, its own error is seen."""
     try:
         yield

@@ -243,7 +243,8 @@ def _slots(
     places = {part.key: (part, *loans.get(part.key, ())) for part in found}
     paths = tuple(dict.fromkeys(place.path for several in places.values() for place in several))
     for part in found:
-        reading = readings[part.key]
+        # What is given is as mapped, and as device-varying, as the slot's value.
+        reading = dataclasses.replace(readings[part.key], given=tie(given[part.key], anchor))
         values[part.key] = tie(reading.zeros, anchor)
         for place in places[part.key]:
             slot = make(part, reading, place.path, paths, place.operation)

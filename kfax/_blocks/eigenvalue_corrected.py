@@ -152,7 +152,7 @@ class EigenvalueCorrected(Block):
         return self._factored.matrices(shape, statistics.factors, damping)
 
     def refresh(
-        self, shape: MatrixShape, statistics: CorrectedFactors, damping: Scalar, results: tuple
+        self, shape: MatrixShape, statistics: CorrectedFactors, damping: Scalar, results: tuple[Any, ...]
     ) -> SpectralInverse:
         product = self._factored.product(shape, statistics.factors)
         spectrum = _in_new_basis(statistics, product, product.spectrum(results))

@@ -48,7 +48,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ._example_axis import ExampleAxis
 from ._math.mesh import as_around, on_automatic_axes
@@ -72,6 +72,8 @@ class Use(eqx.Module):
     - `context`: what the layer passed beside `x`, without these axes, such as its parameters.
     - `is_tangent`: whether `x` is the derivative of an input along some direction, within a loss that contains
         derivatives of the model. What is added to every output, a bias, has no part in it.
+    - `given`: what the estimator has of this layer from before, such as an eigenbasis, if the statistic asks for it.
+    - `is_only`: whether it is known that there is no other use of the layer.
     """
 
     x: ArrayTree
@@ -81,6 +83,8 @@ class Use(eqx.Module):
     context: PyTree
     examples: range | None = eqx.field(static=True)
     is_tangent: bool = eqx.field(static=True, default=False)
+    given: ArrayTree = None
+    is_only: bool = eqx.field(static=True, default=False)
 
     @property
     def num_examples(self) -> int:
@@ -105,6 +109,7 @@ class Slot(eqx.Module):
     - `on_forward`: called when the layer is called; may raise an error.
     - `present`: whether the next call counts, as told by [`kfax.masked`][]; `None` if it does. Carries the same stack
         axes as `value`.
+    - `given`: what `Use` hands on of it. Carries the same stack axes as `value`, and is mapped over no others.
     """
 
     value: ArrayTree
@@ -114,6 +119,7 @@ class Slot(eqx.Module):
     ndim: int = eqx.field(static=True, default=0)
     on_forward: Callable[[], None] = eqx.field(static=True, default=lambda: None)
     present: Bool[Array, "*stack"] | None = None
+    given: ArrayTree = None
 
     @property
     def is_stacked(self) -> bool:
@@ -152,21 +158,22 @@ def observe(y: _Y, x: PyTree, slot: Slot | Hidden | None, context: PyTree = None
     observed, rest = eqx.partition(y, eqx.is_inexact_array)
     x = jax.tree.map(jnp.asarray, x)
     ndims = jax.tree.map(jnp.ndim, x), jax.tree.map(jnp.ndim, observed)
-    observer = _observer(slot, *ndims)
-    return eqx.combine(observer(observed, x, slot.value, slot.weights, slot.axis.marker(), slot.present, context), rest)
+    layer = slot.weights, context, slot.given
+    result = _observer(slot, *ndims)(observed, x, slot.value, layer, slot.axis.marker(), slot.present)
+    return eqx.combine(result, rest)
 
 
 def _observer(slot: Slot, x_ndims: PyTree, y_ndims: PyTree, is_tangent: bool = False) -> Callable:
     fold = _make_fold(_row_statistic(slot, x_ndims, y_ndims, is_tangent), num_stacks=0, axis=slot.axis)
 
     @jax.custom_jvp
-    def observer(y, x, value, weights, marker, present, context):
-        del x, value, weights, present, context
+    def observer(y, x, value, layer, marker, present):
+        del x, value, layer, present
         # JAX forgets the rule below where it makes linear functions, and runs this instead of it; and nowhere else.
         if is_tangent:
             factor = 1 + _fail(jnp.zeros(()), *slot.axis.of_all(ExampleAxis.in_reverse))
             y = jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * leaf, y)
-        return _depend(y, marker)
+        return tie(y, marker)  # mapped over the named axis
 
     @functools.partial(observer.defjvp, symbolic_zeros=True)
     def _(primals, tangents):
@@ -191,7 +198,7 @@ def _observer(slot: Slot, x_ndims: PyTree, y_ndims: PyTree, is_tangent: bool = F
         zero = sum(jnp.sum(leaf.ravel()[:0]) for leaf in jax.tree.leaves(dvalue))
         given = tie(_instantiated(dy, y, zero), (y, others[1])), dvalue
         solution = jax.lax.custom_linear_solve(lambda b: b, given, lambda _, b: b, transpose)
-        return _depend(y, others[1]), solution[0]
+        return tie(y, others[1]), solution[0]
 
     return observer
 
@@ -199,13 +206,6 @@ def _observer(slot: Slot, x_ndims: PyTree, y_ndims: PyTree, is_tangent: bool = F
 def _instantiated(tangent: PyTree, like: PyTree, zero: ArrayLike = 0) -> PyTree:
     """Tangents as arrays, with this zero where they are zeros; of integers, in place of theirs, zeros."""
     return jax.tree.map(lambda t, x: jnp.full_like(x, zero) if isinstance(t, SymbolicZero) else t, tangent, like)
-
-
-def _depend(y: ArrayTree, marker: Int[Array, ""] | None) -> ArrayTree:
-    """`y`, but mapped over whatever axis the marker is mapped over."""
-    if marker is None:
-        return y
-    return jax.tree.map(lambda leaf: jax.lax.select(jnp.broadcast_to(marker >= 0, leaf.shape), leaf, leaf), y)
 
 
 def _row_statistic(slot: Slot, x_ndims: PyTree, y_ndims: PyTree, is_tangent: bool) -> Callable:
@@ -217,7 +217,8 @@ def _row_statistic(slot: Slot, x_ndims: PyTree, y_ndims: PyTree, is_tangent: boo
     shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), slot.value)
     axis, read = slot.axis, slot.statistic
 
-    def statistic(seen: bool, weights, present, context, x, dy):
+    def statistic(seen: bool, layer, present, x, dy):
+        weights, context, given = layer
         first, first_ndim = jax.tree.leaves(dy)[0], jax.tree.leaves(y_ndims)[0]
         rows = first.shape[: first.ndim - first_ndim]
         found = rows[0] if rows and (seen or axis.name is None) else None
@@ -237,7 +238,7 @@ def _row_statistic(slot: Slot, x_ndims: PyTree, y_ndims: PyTree, is_tangent: boo
         if counts is not None:
             x = jax.tree.map(lambda array: _replace_absent(array, counts), x)
             dy = jax.tree.map(lambda array: jnp.where(_like(counts, array), array, 0), dy)
-        return tie(read(Use(x, dy, counts, weights, context, examples, is_tangent)), dy)
+        return tie(read(Use(x, dy, counts, weights, context, examples, is_tangent, given)), dy)
 
     return statistic
 
@@ -267,51 +268,50 @@ def _like(present: Bool[Array, "n p"], array: Array) -> Bool[Array, "n p ..."]:
 def _make_fold(
     statistic: Callable, num_stacks: int, axis: ExampleAxis, seen: bool = False, num_rows: int = 0
 ) -> Callable:
-    """Builds `fold(value, weights, marker, present, context, x, dy)`.
+    """Builds `fold(value, layer, marker, present, x, dy)`, where `layer` is what else belongs to the layer.
 
     The operands have the axes `(*stacks, *rows, *one call)`, those of a layer itself without rows. `seen` says that
     the named example axis is among the rows, as the first of them.
     """
 
     @custom_vmap
-    def fold(value, weights, marker, present, context, x, dy):
+    def fold(value, layer, marker, present, x, dy):
         del value, marker
-        return statistic(seen, weights, present, context, x, dy)
+        return statistic(seen, layer, present, x, dy)
 
     @fold.def_vmap
-    def rule(size, mapped, value, weights, marker, present, context, x, dy):
+    def rule(size, mapped, value, layer, marker, present, x, dy):
         def broadcast(array, is_mapped):
             return array if is_mapped else jnp.broadcast_to(array, (size, *array.shape))
 
         def one(array, is_mapped):
             return array[0] if is_mapped else array
 
-        of_layer, of_rows = (value, weights, context), (present, x, dy)
-        layer_mapped, rows_mapped = (mapped[0], mapped[1], mapped[4]), (mapped[3], mapped[5], mapped[6])
-        present, x, dy = jax.tree.map(broadcast, of_rows, rows_mapped)
+        of_layer, layer_mapped, rows_mapped = (value, layer), tuple(mapped[:2]), tuple(mapped[3:])
+        present, x, dy = jax.tree.map(broadcast, (present, x, dy), rows_mapped)
         is_stacked = any(jax.tree.leaves(mapped[0]))
         is_examples = axis.name is not None and not seen and any(jax.tree.leaves(mapped[2]))
 
         if is_stacked and not is_examples:
             # One layer for each element: one statistic for each element.
-            value, weights, context = jax.tree.map(broadcast, of_layer, layer_mapped)
+            value, layer = jax.tree.map(broadcast, of_layer, layer_mapped)
 
             def stacked(seen, *operands):
                 return jax.vmap(functools.partial(statistic, seen))(*operands)
 
             fold = _make_fold(stacked, num_stacks + 1, axis, seen, num_rows)
-            out = fold(value, weights, marker, present, context, x, dy)
+            out = fold(value, layer, marker, present, x, dy)
             return out, jax.tree.map(lambda _: True, out)
 
         # One layer for all elements: the axis enumerates rows.
         if is_stacked:
-            value, weights, context = jax.tree.map(one, of_layer, layer_mapped)
+            value, layer = jax.tree.map(one, of_layer, layer_mapped)
         position = num_stacks + (1 if seen else 0)
         present, x, dy = jax.tree.map(lambda array: jnp.moveaxis(array, 0, position), (present, x, dy))
         fold = _make_fold(statistic, num_stacks, axis, seen or is_examples, num_rows + 1)
         marker = None if is_examples else marker
         if not is_stacked:
-            out = fold(value, weights, marker, present, context, x, dy)
+            out = fold(value, layer, marker, present, x, dy)
             if axis.name is None and axis.of(size) is not None and not any(jax.tree.leaves(rows_mapped[1:])):
                 out = _fails(out, dy, 0, (axis.summed(),))
             return out, jax.tree.map(lambda _: False, out)
@@ -322,7 +322,7 @@ def _make_fold(
 
         def due_to(index):
             only = example == index
-            return fold(value, weights, marker, only if present is None else only & present, context, x, dy)
+            return fold(value, layer, marker, only if present is None else only & present, x, dy)
 
         out = jax.lax.map(due_to, jnp.arange(size))
         return out, jax.tree.map(lambda _: True, out)

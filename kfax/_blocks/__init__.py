@@ -1,4 +1,5 @@
 from .base import Block as Block, BlockState as BlockState, ProductBlock as ProductBlock, Recorded as Recorded
+from .eigenvalue_corrected import CorrectedFactors as CorrectedFactors, EigenvalueCorrected as EigenvalueCorrected
 from .gradients import (
     Diagonal as Diagonal,
     Full as Full,

@@ -58,9 +58,18 @@ class Block(eqx.Module):
     def is_sum(self) -> bool:
         """Whether what `record` returns is a plain sum over rows, so that it need not know the examples."""
 
+    @property
     @abc.abstractmethod
-    def slot(self, shape: MatrixShape, num_examples: int) -> Recorded:
-        """Zeros of the shapes that `record` returns (with the stack axes)."""
+    def counts_uses(self) -> bool:
+        """Whether it makes a difference to know that a layer is used once. To find out takes no more than tracing."""
+
+    @abc.abstractmethod
+    def given(self, shape: MatrixShape, statistics: Any) -> ArrayTree:
+        """What `record` finds in `use.given` of the statistics so far, or `None` if it needs nothing of them."""
+
+    @abc.abstractmethod
+    def slot(self, shape: MatrixShape, num_examples: int, is_only: bool) -> Recorded:
+        """Zeros of the shapes that `record` returns (with the stack axes), of a use that `is_only` or may not be."""
 
     @abc.abstractmethod
     def record(self, shape: MatrixShape, operation: Operation, use: Use) -> Recorded:
@@ -83,6 +92,7 @@ class Block(eqx.Module):
         second_moment: ArrayTree,
         weights: Float[Array, " n"] | None,
         num_examples: int,
+        given: ArrayTree,
     ) -> Any:
         """Turns `Recorded.inputs` and the summed `second_moment` into means over examples."""
 
@@ -107,6 +117,17 @@ class Block(eqx.Module):
     @abc.abstractmethod
     def refresh(self, shape: MatrixShape, statistics: Any, damping: Scalar, results: tuple[Any, ...]) -> Inverse:
         """Makes the inverse, given the inverses of `matrices`, or pairs of their eigenvalues and eigenvectors."""
+
+    @abc.abstractmethod
+    def rebase(self, shape: MatrixShape, statistics: Any, inverse: Inverse) -> Any:
+        """The statistics, where a refresh that made this inverse changes what they refer to; otherwise the very same.
+
+        To change an eigenbasis is not costly: that it is found anew is what a refresh is for.
+        """
+
+    @abc.abstractmethod
+    def redamp(self, shape: MatrixShape, statistics: Any, inverse: Inverse, damping: Scalar) -> Inverse:
+        """The inverse for another λ, and for present statistics, as far as that takes no refresh."""
 
     @abc.abstractmethod
     def factors(self, shape: MatrixShape, statistics: Any) -> tuple[Float[Array, "..."], ...]:
@@ -166,6 +187,13 @@ class ProductBlock(Block):
     def zeros(self, shape: MatrixShape) -> Any:
         """Statistics of zeros."""
 
+    @property
+    def counts_uses(self) -> bool:
+        return False
+
+    def given(self, shape: MatrixShape, statistics: Any) -> None:
+        return None
+
     def init(self, shape: MatrixShape) -> BlockState:
         statistics, one = self.zeros(shape), jnp.ones(())
         # Without curvature these are the identity, or zeros if it is about to be diagonalized.
@@ -184,6 +212,12 @@ class ProductBlock(Block):
 
     def refresh(self, shape: MatrixShape, statistics: Any, damping: Scalar, results: tuple[Any, ...]) -> Inverse:
         return self.inversion.finish(self.product(shape, statistics), damping, results)
+
+    def rebase(self, shape: MatrixShape, statistics: Any, inverse: Inverse) -> Any:
+        return statistics
+
+    def redamp(self, shape: MatrixShape, statistics: Any, inverse: Inverse, damping: Scalar) -> Inverse:
+        return inverse.redamp(damping)
 
     def factors(self, shape: MatrixShape, statistics: Any) -> tuple[Float[Array, "..."], ...]:
         return self.product(shape, statistics).factors()

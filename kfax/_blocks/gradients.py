@@ -26,7 +26,7 @@ class GradientBlock(ProductBlock):
     def is_sum(self) -> bool:
         return False
 
-    def slot(self, shape: MatrixShape, num_examples: int) -> Recorded:
+    def slot(self, shape: MatrixShape, num_examples: int, is_only: bool) -> Recorded:
         dims = (*shape.leading, num_examples, shape.d_g, shape.d_a)
         return Recorded((), jnp.zeros(dims, shape.statistics_dtype))
 
@@ -48,6 +48,7 @@ class GradientBlock(ProductBlock):
         second_moment: ArrayTree,
         weights: Float[Array, " n"] | None,
         num_examples: int,
+        given: ArrayTree,
     ) -> ArrayTree:
         return jax.tree.map(lambda kept: kept / num_examples, second_moment)
 

@@ -59,7 +59,7 @@ class KroneckerFactored(ProductBlock):
     def is_sum(self) -> bool:
         return self.sharing.is_sum
 
-    def slot(self, shape: MatrixShape, num_examples: int) -> Recorded:
+    def slot(self, shape: MatrixShape, num_examples: int, is_only: bool) -> Recorded:
         return self.sharing.slot(factor_sizes(shape, self.max_dim), num_examples)
 
     def record(self, shape: MatrixShape, operation: Operation, use: Use) -> Recorded:
@@ -81,6 +81,7 @@ class KroneckerFactored(ProductBlock):
         second_moment: ArrayTree,
         weights: Float[Array, " n"] | None,
         num_examples: int,
+        given: ArrayTree,
     ) -> KroneckerFactors:
         sizes = factor_sizes(shape, self.max_dim)
 

@@ -56,13 +56,20 @@ class KroneckerSum(Block):
     def is_sum(self) -> bool:
         return self.sharing.is_sum
 
-    def slot(self, shape: MatrixShape, num_examples: int) -> Recorded:
+    @property
+    def counts_uses(self) -> bool:
+        return False
+
+    def given(self, shape: MatrixShape, statistics: Any) -> None:
+        return None
+
+    def slot(self, shape: MatrixShape, num_examples: int, is_only: bool) -> Recorded:
         direct, reverse = (self.sharing.slot(sizes, num_examples) for sizes in self._sizes(shape))
         return Recorded((direct.inputs, reverse.inputs), (direct.cotangents, reverse.cotangents))
 
     def record(self, shape: MatrixShape, operation: Operation, use: Use) -> Recorded:
         direct, reverse = self._sizes(shape)
-        unused = self.slot(dataclasses.replace(shape, stack=()), use.num_examples)
+        unused = self.slot(dataclasses.replace(shape, stack=()), use.num_examples, use.is_only)
         if isinstance(operation, Transposed):
             new = self.sharing.record(reverse, operation, use)
             return Recorded((unused.inputs[0], new.inputs), (unused.cotangents[0], new.cotangents))
@@ -80,6 +87,7 @@ class KroneckerSum(Block):
         second_moment: ArrayTree,
         weights: Float[Array, " n"] | None,
         num_examples: int,
+        given: ArrayTree,
     ) -> tuple[KroneckerFactors, KroneckerFactors]:
         def one(inputs, second_moment):
             triples = zip(self._sizes(shape), inputs, second_moment, strict=True)
@@ -112,6 +120,12 @@ class KroneckerSum(Block):
         k_left, s_left = linalg.diagonalize_both(per_position(direct), left, ndim)
         k_right, s_right = linalg.diagonalize_both(direct.a, right, ndim)
         return SumInverse((k_left, k_right), (s_left, s_right))
+
+    def rebase(self, shape: MatrixShape, statistics: Any, inverse: Inverse) -> Any:
+        return statistics
+
+    def redamp(self, shape: MatrixShape, statistics: Any, inverse: Inverse, damping: Scalar) -> Inverse:
+        return inverse.redamp(damping)
 
     def factors(self, shape: MatrixShape, statistics: Any) -> tuple[Float[Array, "..."], ...]:
         size = shape.d_g * shape.d_a

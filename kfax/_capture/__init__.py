@@ -5,8 +5,7 @@ from .linearize import (
     Cotangents as Cotangents,
     Linearization as Linearization,
     linearize as linearize,
-    linearize_outputs as linearize_outputs,
-    Outputs as Outputs,
     Problem as Problem,
     Reading as Reading,
 )
+from .outputs import linearize_outputs as linearize_outputs, Outputs as Outputs

@@ -272,7 +272,9 @@ def _by_example(weights: np.ndarray, array: Array) -> Array:
     return array * weights.reshape(-1, *(1,) * (array.ndim - 1)).astype(array.dtype)
 
 
-def _read_gradient(weigh: Callable[[int], np.ndarray], sums_magnitudes: bool, part: Part, num_examples: int) -> Reading:
+def _read_gradient(
+    weigh: Callable[[int], np.ndarray], sums_magnitudes: bool, part: Part, num_examples: int, is_only: bool
+) -> Reading:
     """Reads the gradient of V by the observed rows, and what `_gaps` asks besides."""
     shape = part.operation.shape()
     dtype = shape.statistics_dtype

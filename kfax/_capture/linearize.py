@@ -9,18 +9,18 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr
 from jaxtyping import Array, Float
 
 from .._example_axis import ExampleAxis
 from .._layers import Borrowed, borrowed, fill_slots, parameters_of, Part, parts, split_parameters, trainable
 from .._losses import Loss
-from .._math.tree import is_traced, tie
+from .._math.tree import tie
 from .._math.types import ArrayTree, Model, Parameters, PRNGKey, PyTree, Where
 from .._operations import Operation
 from .._slot import Slot, Use
 from .across import on_each
 from .evaluate import evaluate, Evaluation
+from .uses import count_uses
 
 
 Cotangents = tuple[Float[Array, "n ..."], ...]
@@ -36,11 +36,13 @@ class Reading:
     - `statistic`: `(operation, use)` to what is read of one use. Usually the operation is the part's own; of a
         parameter that is tied to another layer's, it is what that one does.
     - `is_sum`: whether it is a plain sum over rows.
+    - `given`: what a `Use` hands to the statistic, with the stack axes of the layer.
     """
 
     zeros: ArrayTree
     statistic: Callable[[Operation, Use], ArrayTree]
     is_sum: bool
+    given: ArrayTree = None
 
 
 class Problem(eqx.Module):
@@ -79,12 +81,14 @@ class Linearization(eqx.Module):
     - `evaluation`: the losses, and what else `loss_fn` returned.
     - `weights`: of the examples, divided by their mean; `None` if equal.
     - `pullback`: from cotangents of the arrays of losses and penalty to cotangents of the parameters and of the slots.
+    - `given`: what the readings were given, by path.
     """
 
     problem: Problem
     evaluation: Evaluation
     weights: Float[Array, " n"] | None
     pullback: Callable
+    given: dict[str, ArrayTree]
 
     @property
     def losses(self) -> tuple[Loss, ...]:
@@ -114,77 +118,6 @@ class Linearization(eqx.Module):
         return eqx.tree_at(lambda terms: [loss.outputs for loss in terms[0]], zeros, list(cotangents))
 
 
-class Outputs(eqx.Module):
-    """A model linearized at its parameters on one batch, from parameters to the losses' outputs.
-
-    **Fields:**
-
-    - `losses`: of the batch.
-    - `pull`: `u -> Jᵀu`.
-    - `push`: `v -> Jv`.
-    """
-
-    losses: tuple[Loss, ...]
-    pull: Callable[[Cotangents], Parameters]
-    push: Callable[[Parameters], Cotangents]
-
-
-def linearize_outputs(problem: Problem) -> Outputs:
-    """Runs the model forward with empty slots.
-
-    Both directions come from one linearization: the backward one is the transpose of the forward one. Of a model that
-    has no forward mode, such as one with a `jax.custom_vjp` function, it is the other way around.
-    """
-    parameters, rest = on_each(problem.loss_fn, problem.parameters), []
-
-    def outputs(parameters):
-        losses = problem.evaluate(parameters).losses
-        arrays, others = eqx.partition(losses, eqx.is_array)
-        rest.append(others)
-        return tuple(loss.outputs for loss in losses), arrays
-
-    pull, push, arrays = _forwards(outputs, parameters) or _backwards(outputs, parameters)
-
-    def explained(vector):
-        with _explained(_PUSH):
-            return push(on_each(problem.loss_fn, vector))
-
-    # In a compiled program it is traced once for several vectors; outside of one it would be compiled for each batch.
-    explained = jax.jit(explained) if is_traced(problem) else explained
-    return Outputs(eqx.combine(arrays, rest[-1]), pull, explained)
-
-
-def _forwards(outputs: Callable, parameters: Parameters) -> tuple[Callable, Callable, PyTree] | None:
-    """Both directions, and what else is returned, by forward mode; `None` if there is none."""
-    try:
-        _, push, arrays = jax.linearize(outputs, parameters, has_aux=True)
-        has_rule = _mentions("custom_lin", jax.make_jaxpr(push)(parameters).jaxpr)
-    except Exception as error:
-        if any(words in str(error) for words in _WITHOUT_FORWARD_MODE):
-            return None
-        raise
-    return None if has_rule else (lambda u: jax.linear_transpose(push, parameters)(u)[0], push, arrays)
-
-
-def _backwards(outputs: Callable, parameters: Parameters) -> tuple[Callable, Callable, PyTree]:
-    """The same by reverse mode, and by the transpose of its backward pass."""
-    values, backward, arrays = jax.vjp(outputs, parameters, has_aux=True)
-    zeros = jax.tree.map(jnp.zeros_like, values)
-    pull = lambda u: backward(u)[0]  # noqa: E731
-    return pull, lambda v: jax.vjp(pull, zeros)[1](v)[0], arrays
-
-
-def _mentions(name: str, jaxpr: Jaxpr) -> bool:
-    """Whether a primitive is somewhere in a program: what stands for a rule of reverse mode is an error only if run."""
-    inner = jax.tree.leaves([list(eqn.params.values()) for eqn in jaxpr.eqns], is_leaf=_is_program)
-    programs = [getattr(each, "jaxpr", each) for each in inner if _is_program(each)]
-    return any(eqn.primitive.name == name for eqn in jaxpr.eqns) or any(_mentions(name, each) for each in programs)
-
-
-def _is_program(x: Any) -> bool:
-    return isinstance(x, Jaxpr | ClosedJaxpr)
-
-
 class _Run:
     """Whether the model is being run forward."""
 
@@ -199,16 +132,21 @@ class _Run:
 
 
 def linearize(
-    problem: Problem, read: Callable[[Part, int], Reading] | None = None, *, example_axis: str | None = None
+    problem: Problem,
+    read: Callable[[Part, int, bool], Reading] | None = None,
+    *,
+    example_axis: str | None = None,
+    counts_uses: bool = False,
 ) -> Linearization:
     """Runs the model forward with its slots filled.
 
     **Arguments:**
 
     - `problem`: what to run.
-    - `read`: given an operation that has shapes in place of its trained parameters, and the number of examples, says
-        what to read of it. Without it slots stay empty.
+    - `read`: given an operation that has shapes in place of its trained parameters, the number of examples, and whether
+        the operation is known to be used once, says what to read of it. Without it slots stay empty.
     - `example_axis`: the name of the axis that enumerates the examples, or `None` for the outermost one.
+    - `counts_uses`: whether to find out which are used once.
     """
     parameters = on_each(problem.loss_fn, problem.parameters)
 
@@ -221,29 +159,47 @@ def linearize(
     def unobserved():
         return call(parameters, {})[0][0]
 
-    shapes = eqx.filter_eval_shape(unobserved)
+    uncounted = lambda: (eqx.filter_eval_shape(unobserved), frozenset())  # noqa: E731
+    shapes, once = _used_once(problem, parameters, example_axis) if counts_uses else uncounted()
     num_examples = shapes[0].num_examples
     sets = tuple(dict.fromkeys(loss.examples for loss in shapes))
     weights = None
     if any(loss.weighting.is_weighted for loss in shapes):
         weights = jax.lax.stop_gradient(_example_weights(unobserved()))
 
-    run, values, uses = _Run(), {}, {}
+    run, values, uses, given = _Run(), {}, {}, {}
     if read is not None:
         make = functools.partial(_slot, example_axis, sets, weights, run)
-        values, uses = _slots(problem, lambda part: read(part, num_examples), make)
+        values, uses, given = _slots(problem, lambda part: read(part, num_examples, part.key in once), make)
 
     def observed(parameters, values):
-        filled = {
-            place: tuple(dataclasses.replace(slot, value=values[key]) for key, slot in slots)
-            for place, slots in uses.items()
-        }
         with run:
-            return call(parameters, filled)
+            return call(parameters, _filled(uses, values))
 
-    with _explained(_FORWARD):
+    with explained(_FORWARD):
         terms, pullback, (state, aux) = eqx.filter_vjp(observed, parameters, values, has_aux=True)
-    return Linearization(problem, Evaluation(*terms, state, aux), weights, pullback)
+    return Linearization(problem, Evaluation(*terms, state, aux), weights, pullback, given)
+
+
+def _used_once(
+    problem: Problem, parameters: Parameters, example_axis: str | None
+) -> tuple[tuple[Loss, ...], frozenset[str]]:
+    """The losses, with shapes in place of arrays, and which operations are known to be used once at most."""
+
+    def read(part):
+        return Reading(jnp.zeros(part.operation.shape().stack), lambda operation, use: use, is_sum=True)
+
+    run = _Run()
+    values, uses, _ = _slots(problem, read, functools.partial(_slot, example_axis, (range(0),), None, run))
+
+    def losses(values):
+        with run:
+            return problem.evaluate(parameters, _filled(uses, values)).losses
+
+    program, arrays, others = eqx.filter_make_jaxpr(losses)(values)
+    counts = count_uses(program, range(len(values)))
+    once = frozenset(key for key, count in zip(sorted(values), counts, strict=True) if count <= 1)
+    return eqx.combine(arrays, others), once
 
 
 _OUT_OF_SIGHT = (
@@ -251,23 +207,15 @@ _OUT_OF_SIGHT = (
     "derivative is then another function's, where it cannot be observed. Leave the derivative to JAX (in diffrax to "
     "the default adjoint), or wrap the module around that function in `kfax.TaggedModule`."
 )
-_ONLY_BACKWARD = (
-    "Products with the Jacobian, which `kfax.QuadraticModel`, `kfax.full_batch` and the exact estimators need, cannot "
-    "be had of this model: its backward pass has a `while_loop` (that of diffrax's default adjoint has). Give the "
-    "solver another adjoint, such as `diffrax.DirectAdjoint()`, or choose learning rate and momentum by numbers or "
-    "schedules, as `kfax.stochastic` does."
-)
 
-# By what JAX says of it: of forward mode through a function without, and of a slot that is not an argument.
-_WITHOUT_FORWARD_MODE = ("forward-mode", "custom_lin", "call_hi_primitive")
+# By what JAX says of it: of a slot that is not an argument.
 _FORWARD = {
     "closed-over value": f"A tagged layer {_OUT_OF_SIGHT}",
 }
-_PUSH = {"while_loop": _ONLY_BACKWARD}
 
 
 @contextlib.contextmanager
-def _explained(explanations: Mapping[str, str]) -> Iterator[None]:
+def explained(explanations: Mapping[str, str]) -> Iterator[None]:
     """Replaces what JAX cannot say of kfax's use of it; should JAX's wording change, its own error is seen."""
     try:
         yield
@@ -282,25 +230,38 @@ def _slots(
     problem: Problem,
     read: Callable[[Part], Reading],
     make: Callable[[Part, Reading, str, tuple[str, ...], Operation], Slot],
-) -> tuple[dict[str, ArrayTree], dict[tuple[str, str], list[tuple[str, Slot]]]]:
-    """The slots' values by part, and for each place in the model its slots, with the parts that they belong to."""
+) -> tuple[dict[str, ArrayTree], dict[tuple[str, str], list[tuple[str, Slot]]], dict[str, ArrayTree]]:
+    """The slots by value and by place in the model, there with the parts that they belong to; and what is given."""
     model, frozen = problem.model, problem.frozen
     split_parameters(model, frozen)  # every parameter needs a block
     loans: dict[str, list[Borrowed]] = {}
     for loan in borrowed(model, trainable(model, frozen)):
         loans.setdefault(loan.owner, []).append(loan)
     values, uses = {}, {}
-    anchor = tie(jnp.zeros((), bool), problem)  # one for all, since a problem has as many arrays as layers
     found = parts(eqx.filter_eval_shape(lambda: problem.parameters)).values()
+    readings = {part.key: read(part) for part in found}
+    given = {key: reading.given for key, reading in readings.items()}
+    anchor = tie(jnp.zeros((), bool), (problem, given))  # one for all, since a problem has as many arrays as layers
     places = {part.key: (part, *loans.get(part.key, ())) for part in found}
     paths = tuple(dict.fromkeys(place.path for several in places.values() for place in several))
     for part in found:
-        reading = read(part)
+        # What is given is as mapped, and as device-varying, as the slot's value.
+        reading = dataclasses.replace(readings[part.key], given=tie(given[part.key], anchor))
         values[part.key] = tie(reading.zeros, anchor)
         for place in places[part.key]:
             slot = make(part, reading, place.path, paths, place.operation)
             uses.setdefault((place.path, place.name), []).append((part.key, slot))
-    return values, uses
+    return values, uses, given
+
+
+def _filled(
+    uses: Mapping[tuple[str, str], list[tuple[str, Slot]]], values: Mapping[str, ArrayTree]
+) -> dict[tuple[str, str], tuple[Slot, ...]]:
+    """The slots with their values."""
+    return {
+        place: tuple(dataclasses.replace(slot, value=values[key]) for key, slot in slots)
+        for place, slots in uses.items()
+    }
 
 
 def _slot(
@@ -341,7 +302,7 @@ def _slot(
     expected = [jax.ShapeDtypeStruct(x.shape[len(stack) :], x.dtype) for x in arrays]
     stacked = None if weights is None else jnp.broadcast_to(weights, (*stack, len(weights)))
     axis = ExampleAxis(example_axis, sets, reading.is_sum and weights is None, path, paths)
-    return Slot(reading.zeros, stacked, statistic, axis, expected[0].ndim, on_forward)
+    return Slot(reading.zeros, stacked, statistic, axis, expected[0].ndim, on_forward, given=reading.given)
 
 
 def _among_all(found: ArrayTree, examples: range | None, expected: list[jax.ShapeDtypeStruct]) -> ArrayTree:

@@ -42,8 +42,11 @@ class CurvatureEstimator(eqx.Module):
         """The state before any batch was seen."""
 
     @abc.abstractmethod
-    def linearize(self, problem: Problem) -> Linearization:
-        """Runs the model on a batch such that its gradient, and by `measure` its curvature, can be had from it."""
+    def linearize(self, problem: Problem, state: Any) -> Linearization:
+        """Runs the model on a batch such that its gradient, and by `measure` its curvature, can be had from it.
+
+        What is measured may depend on the state, into which it will be folded: on an eigenbasis, for one.
+        """
 
     @abc.abstractmethod
     def measure(self, linearization: Linearization, key: PRNGKey | None) -> Any:
@@ -81,7 +84,7 @@ class CurvatureEstimator(eqx.Module):
         """
         model_key, source_key = split_key(loss_fn, key)
         problem = Problem(loss_fn, model, batch, model_key, model_state, frozen)
-        return self.fold(state, measured_across(loss_fn, self.measure(self.linearize(problem), source_key)))
+        return self.fold(state, measured_across(loss_fn, self.measure(self.linearize(problem, state), source_key)))
 
     @abc.abstractmethod
     def weight(self, state: Any) -> Scalar:

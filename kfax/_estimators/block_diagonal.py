@@ -1,5 +1,7 @@
 """Curvature that ignores what happens between layers."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -107,8 +109,12 @@ class BlockDiagonalCurvature(CurvatureEstimator):
     def check(self, problem: Problem) -> None:
         check_observed(problem, self.example_axis)
 
-    def linearize(self, problem: Problem) -> Linearization:
-        return linearize(problem, _read_statistics, example_axis=self.example_axis)
+    def linearize(self, problem: Problem, state: BlockDiagonalState) -> Linearization:
+        found = parts(problem.parameters)
+        check_keys(state.inverses, found)
+        read = functools.partial(read_statistics, state.average.value)
+        counts_uses = any(part.block.counts_uses for part in found.values())
+        return linearize(problem, read, example_axis=self.example_axis, counts_uses=counts_uses)
 
     def measure(self, linearization: Linearization, key: PRNGKey | None) -> MovingAverage:
         found = parts(linearization.problem.parameters)
@@ -150,18 +156,18 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         - `damping`: λ, or one for each block by key. [loss/param²]
         - `only`: keys of the blocks to be refreshed; all if not given.
 
-        **Returns:** the state with new inverses. Matrices of one size, of whatever layers, are inverted in one call.
+        **Returns:** the state with new inverses, and with the statistics of [`kfax.EigenvalueCorrected`][] blocks in
+        their new bases. Matrices of one size, of whatever layers, are inverted in one call.
         """
         found, dampings = _by_key(state, parameters, damping)
-        values, refreshed = state.average.value, dict(state.inverses)
-        if only is not None:
-            found = {key: found[key] for key in only}
-        kinds = {key: (part.block, part.operation.shape()) for key, part in found.items()}
+        values, chosen = state.average.value, found if only is None else {key: found[key] for key in only}
+        kinds = {key: (part.block, part.operation.shape()) for key, part in chosen.items()}
         if self.placement is None:
-            refreshed |= inverses_of(kinds, values, dampings)
+            new = inverses_of(kinds, values, dampings)
         else:
-            refreshed |= placed_inverses_of(self.placement, kinds, values, dampings)
-        return BlockDiagonalState(state.average, refreshed, state.shapes)
+            new = placed_inverses_of(self.placement, kinds, values, dampings)
+        rebased = {key: block.rebase(shape, values[key], new[key]) for key, (block, shape) in kinds.items()}
+        return _with(state, values | rebased, state.inverses | new)
 
     def blocks(self, state: BlockDiagonalState, parameters: Parameters) -> dict[str, BlockCurvature]:
         """The blocks of C one by one, to look at or to work with.
@@ -195,10 +201,20 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         only: Collection[str] | None = None,
         is_wanted: Bool[Array, ""] | bool = True,
     ) -> tuple[BlockDiagonalState, Bool[Array, ""]]:
-        refreshed = self.refresh(state, parameters, damping, only).inverses
-        mine = {key: refreshed[key] for key in (refreshed if only is None else only)}
-        kept, failed = keep_finite(mine, state.inverses, self.weight(state) > 0, is_wanted)
-        return BlockDiagonalState(state.average, state.inverses | kept, state.shapes), failed
+        refreshed = self.refresh(state, parameters, damping, only)
+        old, new = state.average.value, refreshed.average.value
+        # Statistics that stayed as they were are left out: XLA would copy them.
+        pairs = {key: zip(jax.tree.leaves(old[key]), jax.tree.leaves(new[key]), strict=True) for key in old}
+        rebased = [key for key, leaves in pairs.items() if any(x is not y for x, y in leaves)]
+
+        def pair(state, key):
+            return state.inverses[key], state.average.value[key] if key in rebased else None
+
+        keys = tuple(state.inverses) if only is None else only
+        mine, before = ({key: pair(each, key) for key in keys} for each in (refreshed, state))
+        kept, failed = keep_finite(mine, before, self.weight(state) > 0, is_wanted)
+        values, inverses = old | {key: kept[key][1] for key in rebased}, {key: kept[key][0] for key in keys}
+        return _with(state, values, state.inverses | inverses), failed
 
     def redamp(
         self, state: BlockDiagonalState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
@@ -210,11 +226,41 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         - `damping`: λ, or one for each block by key. [loss/param²]
 
         **Returns:** the state with another damping for blocks inverted by [`kfax.Eigh`][], and for diagonal ones. All
-        others keep that of the last refresh.
+        others keep that of the last refresh. [`kfax.EigenvalueCorrected`][] blocks get their present eigenvalues.
         """
-        _, dampings = _by_key(state, parameters, damping)
-        inverses = {key: inverse.redamp(dampings[key]) for key, inverse in state.inverses.items()}
-        return BlockDiagonalState(state.average, inverses, state.shapes)
+        found, dampings = _by_key(state, parameters, damping)
+
+        def one(key, part):
+            statistics, inverse = state.average.value[key], state.inverses[key]
+            return part.block.redamp(part.operation.shape(), statistics, inverse, dampings[key])
+
+        return _with(state, state.average.value, {key: one(key, part) for key, part in found.items()})
+
+    def restart(self, state: BlockDiagonalState, parameters: Parameters) -> BlockDiagonalState:
+        """Forgets all batches, but not the eigenbases of [`kfax.EigenvalueCorrected`][] blocks, nor any inverse.
+
+        For a second pass over the same data, after a refresh: what is taken in then is measured in the eigenbases of
+        all that was taken in before, so that `eigenvalues` are exactly the diagonal of `UᵀFU`, with F the exact blocks
+        and U the eigenbases. [`redamp`][kfax.BlockDiagonalCurvature.redamp] lets `solve` have them. Other blocks gain
+        nothing by a second pass.
+
+        **Arguments:**
+
+        - `state`: after a refresh.
+        - `parameters`: any PyTree like the parameters; its values are not used.
+
+        **Returns:** the state, of no batch.
+        """
+
+        def of_no_example(key, part):
+            block, shape = part.block, part.operation.shape()
+            empty, given = block.slot(shape, 1, False), block.given(shape, state.average.value[key])
+            moment = block.second_moment(shape, empty.cotangents)
+            return block.statistics(shape, empty.inputs, moment, None, 1, given)
+
+        values = {key: of_no_example(key, part) for key, part in blocks_of(parameters, state.shapes).items()}
+        average = MovingAverage(values, jnp.zeros_like(self.weight(state)))
+        return BlockDiagonalState(average, state.inverses, state.shapes)
 
     def decompose(self, state: BlockDiagonalState, parameters: Parameters) -> BlockEigendecomposition:
         found, values = blocks_of(parameters, state.shapes), state.average.value
@@ -296,21 +342,28 @@ class BlockDiagonalCurvature(CurvatureEstimator):
             moments, _ = jax.lax.scan(add, moments, jnp.arange(1, number))
 
         weights, num_examples = linearization.weights, linearization.evaluation.num_examples
-        return {
-            key: part.block.statistics(
-                part.operation.shape(), recorded[key].inputs, moments[key], weights, num_examples
-            )
-            for key, part in found.items()
-        }
+
+        def mean(key, part):
+            inputs, given = recorded[key].inputs, linearization.given[key]
+            return part.block.statistics(part.operation.shape(), inputs, moments[key], weights, num_examples, given)
+
+        return {key: mean(key, part) for key, part in found.items()}
 
 
-def _read_statistics(part: Part, num_examples: int) -> Reading:
+def read_statistics(known: Mapping[str, Any], part: Part, num_examples: int, is_only: bool) -> Reading:
+    """How the statistics of a part are read, given those that are known."""
     block, shape = part.block, part.operation.shape()
 
     def statistic(operation, use):
-        return block.record(shape, operation, use)
+        return block.record(shape, operation, dataclasses.replace(use, is_only=is_only))
 
-    return Reading(block.slot(shape, num_examples), statistic, block.is_sum)
+    zeros, given = block.slot(shape, num_examples, is_only), block.given(shape, known[part.key])
+    return Reading(zeros, statistic, block.is_sum, given)
+
+
+def _with(state: BlockDiagonalState, values: dict[str, Any], inverses: dict[str, Inverse]) -> BlockDiagonalState:
+    """A state with other statistics and inverses, of the same batches."""
+    return BlockDiagonalState(MovingAverage(values, state.average.weight), inverses, state.shapes)
 
 
 def check_keys(known: Collection[str], found: Collection[str]) -> None:

@@ -119,7 +119,7 @@ class ExplicitExactCurvature(CurvatureEstimator):
     def check(self, problem: Problem) -> None:
         check_values(problem)
 
-    def linearize(self, problem: Problem) -> Linearization:
+    def linearize(self, problem: Problem, state: ExplicitExactState) -> Linearization:
         return linearize(problem)
 
     def measure(self, linearization: Linearization, key: PRNGKey | None) -> ExplicitExactBatch:

@@ -108,8 +108,9 @@ class ImplicitExactCurvature(CurvatureEstimator):
     def check(self, problem: Problem) -> None:
         check_values(problem) if self.preconditioner is None else self.preconditioner.check(problem)
 
-    def linearize(self, problem: Problem) -> Linearization:
-        return linearize(problem) if self.preconditioner is None else self.preconditioner.linearize(problem)
+    def linearize(self, problem: Problem, state: ImplicitExactState) -> Linearization:
+        inner = self.preconditioner
+        return linearize(problem) if inner is None else inner.linearize(problem, state.preconditioner)
 
     def measure(self, linearization: Linearization, key: PRNGKey | None) -> ImplicitExactBatch:
         inner = None if self.preconditioner is None else self.preconditioner.measure(linearization, key)

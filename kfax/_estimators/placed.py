@@ -1,5 +1,6 @@
 """Curvature whose blocks are each on one device."""
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -10,8 +11,8 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .._blocks import costs_of, groups_of, immovable, Kinds, Piece, pieces_of
-from .._capture import Linearization, Problem
+from .._blocks import costs_of, EigenvalueCorrected, groups_of, immovable, Kinds, Piece, pieces_of
+from .._capture import Linearization, linearize, Problem
 from .._layers import from_matrices, parts, split_parameters, to_matrices
 from .._math.mesh import on_automatic_axes
 from .._math.moving_average import MovingAverage
@@ -19,7 +20,7 @@ from .._math.tree import all_finite, keep_finite, select
 from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
 from .base import CurvatureEstimator, inverse_of, operator_of
 from .block_curvature import BlockCurvature
-from .block_diagonal import BlockDiagonalCurvature, BlockDiagonalState, check_keys
+from .block_diagonal import BlockDiagonalCurvature, BlockDiagonalState, check_keys, read_statistics
 from .damping import damping_by_key, damping_by_parameter
 from .eigendecomposition import BlockEigendecomposition
 from .placement import Groups, Kept, Placement
@@ -102,8 +103,10 @@ class PlacedCurvature(CurvatureEstimator):
         weight = jnp.zeros((), jnp.result_type(float))
         return PlacedState(MovingAverage(average, weight), kept, block_shapes(parts(parameters)))
 
-    def linearize(self, problem: Problem) -> Linearization:
-        return self.estimator.linearize(problem)
+    def linearize(self, problem: Problem, state: PlacedState) -> Linearization:
+        # No block that can be kept in parts asks for its statistics.
+        read = functools.partial(read_statistics, dict.fromkeys(key for key, _ in state.shapes))
+        return linearize(problem, read, example_axis=self.estimator.example_axis)
 
     def measure(self, linearization: Linearization, key: PRNGKey | None) -> MovingAverage:
         return self.estimator.measure(linearization, key)
@@ -258,6 +261,13 @@ class PlacedCurvature(CurvatureEstimator):
 
     def _pieces(self, parameters: Parameters) -> dict[tuple[str, int], Piece]:
         kinds = {key: (part.block, part.operation.shape()) for key, part in parts(parameters).items()}
+        for key, (block, _) in kinds.items():
+            if isinstance(block, EigenvalueCorrected):
+                raise ValueError(
+                    f"The block of `{key}` is {block}, whose statistics take its eigenbasis, on all devices. Give the "
+                    "inverses a placement instead: `kfax.BlockDiagonalCurvature(placement=placement)`; or use "
+                    "`kfax.KroneckerFactored(inversion=kfax.Eigh())`."
+                )
         return pieces_of(kinds, self.placement.num_devices)
 
     def _shared_out(self, groups: Groups, by_key: Mapping[str, Any]) -> Kept:

@@ -129,7 +129,7 @@ class SampleSpaceCurvature(CurvatureEstimator):
     def check(self, problem: Problem) -> None:
         check_values(problem)
 
-    def linearize(self, problem: Problem) -> Linearization:
+    def linearize(self, problem: Problem, state: SampleSpaceState) -> Linearization:
         return linearize(problem)
 
     def measure(self, linearization: Linearization, key: PRNGKey | None) -> SampleSpaceBatch:

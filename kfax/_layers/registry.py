@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._blocks import Block, KroneckerFactored, KroneckerSum
+from .._blocks import Block, EigenvalueCorrected, KroneckerFactored, KroneckerSum
 from .._math.tree import distinct
 from .._math.types import Model, Parameters, PyTree, Where
 from .._operations import FactoredOperation, Transposed
@@ -133,9 +133,10 @@ def tag(
 
     - `model`: any PyTree of modules.
     - `registry`: the rules.
-    - `block`: of all layers that are wrapped here, in place of what the rules choose. A [`kfax.KroneckerFactored`][] or
-        [`kfax.KroneckerSum`][] needs the inputs of a matrix: operations without them (scale and shift of a
-        normalization, the slopes of a PReLU, a [`kfax.TaggedModule`][]) keep the block of their rule. Any other block
+    - `block`: of all layers that are wrapped here, in place of what the rules choose. A [`kfax.KroneckerFactored`][],
+        [`kfax.EigenvalueCorrected`][] or [`kfax.KroneckerSum`][] needs the inputs of a matrix: operations without them
+        (scale and shift of a normalization, the slopes of a PReLU, a [`kfax.TaggedModule`][]) keep the block of their
+        rule. Any other block
         is given to all. [`kfax.coverage`][] shows what each has.
     - `frozen`: what is not to be trained and needs no block: a function of the model that returns one of its nodes or
         a sequence of them, as the `where` of `eqx.tree_at`. Give the optimizer the same.
@@ -172,7 +173,7 @@ def _tie(model: Model, already: Mapping[str, TaggedLayer]) -> Model:
     layers = {}
     for path, layer in tagged_layers(model).items():
         keys = {part.key for part in layer_parts(path, eqx.filter(layer, eqx.is_inexact_array))}
-        if keys & owners and path not in already and isinstance(layer.block, KroneckerFactored):
+        if keys & owners and path not in already and isinstance(layer.block, KroneckerFactored | EigenvalueCorrected):
             layers[path] = _with_block(layer, KroneckerSum(layer.block.sharing, max_dim=layer.block.max_dim))
     return replace_layers(model, layers)
 
@@ -233,7 +234,7 @@ def _with_block(layer: TaggedLayer, block: Block | dict[str, Block]) -> TaggedLa
 
 def _with_block_where_it_fits(layer: TaggedLayer, block: Block) -> TaggedLayer:
     """With a block for all operations but those without the inputs that it needs."""
-    needs_inputs = isinstance(block, KroneckerFactored | KroneckerSum)
+    needs_inputs = isinstance(block, KroneckerFactored | EigenvalueCorrected | KroneckerSum)
     operations = layer.operations()
     misfits = [name for name, op in operations.items() if needs_inputs and not isinstance(op, FactoredOperation)]
     if not misfits:

@@ -140,6 +140,10 @@ class FactoredOperation(Operation):
         """`Σ w a` over the positions of each example, without the constant 1 of a bias."""
 
     @abc.abstractmethod
+    def inputs(self, x: Array) -> Float[Array, "*groups n r d_a"]:
+        """ā, by example and by position of any kind."""
+
+    @abc.abstractmethod
     def cotangents(self, dy: Array) -> Float[Array, "*groups n r d_g"]:
         """g, by example and by position of any kind."""
 

@@ -186,6 +186,10 @@ class Convolution(FactoredOperation):
         sums = patch_sums(images, axes, dtype).reshape(x.shape[0], *self._groups, num_inputs)
         return jnp.moveaxis(sums, 1, 0) if self._groups else sums
 
+    def inputs(self, x: Array) -> Float[Array, "*groups n r d_a"]:
+        rows = self._rows(x)
+        return rows if self.bias is None else jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, 1)], constant_values=1)
+
     def cotangents(self, dy: Array) -> Float[Array, "*groups n r d_g"]:
         n, p, outputs = dy.shape[:3]
         g = dy.reshape(n, p, *self._groups, outputs // self.num_groups, -1)

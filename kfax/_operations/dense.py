@@ -66,6 +66,9 @@ class Dense(FactoredOperation):
     def input_sums(self, x: Array, weights: Float[Array, "n p"] | None, dtype: Any) -> Float[Array, "n num_inputs"]:
         return sums_of_rows(self._rows(x, 2), weights, dtype)
 
+    def inputs(self, x: Array) -> Float[Array, "n p d_a"]:
+        return self._extended(x, 2)
+
     def cotangents(self, dy: Array) -> Float[Array, "n p d_g"]:
         return dy.reshape(*dy.shape[:2], -1)
 

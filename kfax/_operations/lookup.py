@@ -12,7 +12,7 @@ from .base import FactoredOperation, MatrixShape, widen
 class Lookup(FactoredOperation):
     """`y = W[x]` for an integer x: V is the transpose of W, applied to one-hot vectors.
 
-    One-hot vectors are made by `input_sums` only. Blocks made of gradients need a table for each example.
+    One-hot vectors are made by `input_sums` and `inputs` only. Blocks made of gradients need a table for each example.
 
     **Fields:**
 
@@ -53,6 +53,9 @@ class Lookup(FactoredOperation):
         return jax.vmap(lambda x, w: self.input_moment(x[None], w, dtype, diagonal=True))(
             x, None if weights is None else weights[:, None]
         )
+
+    def inputs(self, x: Array) -> Float[Array, "n p num_inputs"]:
+        return jax.nn.one_hot(x.reshape(x.shape[:2]), self.weight.shape[-2], dtype=self.weight.dtype)
 
     def cotangents(self, dy: Array) -> Float[Array, "n p d_g"]:
         return dy.reshape(*dy.shape[:2], -1)

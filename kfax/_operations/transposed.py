@@ -50,5 +50,8 @@ class Transposed(FactoredOperation):
     ) -> Float[Array, "*groups n num_inputs"]:
         return self.operation.input_sums(x, weights, dtype)
 
+    def inputs(self, x: Array) -> Float[Array, "*groups n r d_a"]:
+        return self.operation.inputs(x)
+
     def cotangents(self, dy: Array) -> Float[Array, "*groups n r d_g"]:
         return self.operation.cotangents(dy)

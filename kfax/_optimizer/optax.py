@@ -157,7 +157,8 @@ class _Link(eqx.Module):
             problem = problem_with(problem, preconditioner.part_of(problem.batch, state.step))
 
         def fold():
-            measured = measured_across(self.loss_fn, estimator.measure(estimator.linearize(problem), key))
+            linearization = estimator.linearize(problem, state.preconditioner.curvature)
+            measured = measured_across(self.loss_fn, estimator.measure(linearization, key))
             return preconditioner.fold(state.preconditioner, measured, is_good & due)[0]
 
         return cond(due if due is True else anywhere(due), fold, lambda: state.preconditioner)

@@ -1,5 +1,6 @@
 """The K-FAC optimizer: from a model, a state and a batch to the next model and state."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -310,21 +311,22 @@ class Optimizer(eqx.Module):
         estimator, curvature = self.estimator, state.curvature
         for_anyone = due if due is True else anywhere(due)
         arguments = (problem, self.l2, self.micro_batches, key)
+        linearize_in = functools.partial(estimator.linearize, state=curvature)
         # What is measured is a function, so that nothing has to stand for it where it is not due.
         if self.preconditioner.batch is not None:
             part = problem_with(problem, self.preconditioner.part_of(problem.batch, state.step))
             objective, _ = objective_on(*arguments, linearize, lambda linearization, key, measured: None, None)
-            measured = lambda: estimator.measure(estimator.linearize(part), key)  # noqa: E731
+            measured = lambda: estimator.measure(estimator.linearize(part, curvature), key)  # noqa: E731
         elif self.micro_batches == 1:
             later = lambda linearization, key, _: lambda: estimator.measure(linearization, key)  # noqa: E731
-            objective, measured = objective_on(*arguments, estimator.linearize, later, None)
+            objective, measured = objective_on(*arguments, linearize_in, later, None)
         else:
 
             def add(linearization, key, total):
                 more = lambda: estimator.add(total, estimator.measure(linearization, key))  # noqa: E731
                 return cond(for_anyone, more, lambda: total)
 
-            objective, total = objective_on(*arguments, estimator.linearize, add, estimator.nothing(curvature))
+            objective, total = objective_on(*arguments, linearize_in, add, estimator.nothing(curvature))
             measured = lambda: total  # noqa: E731
         is_good = objective.is_good & is_wanted & due
         everywhere = lambda: measured_across(self.loss_fn, measured())  # noqa: E731

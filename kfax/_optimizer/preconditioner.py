@@ -236,6 +236,10 @@ class Preconditioner(eqx.Module):
         if eigendecomposition is None:
             curvature, failed = self.estimator.refresh_finite(curvature, parameters, damping, only, is_wanted)
         else:
+            if isinstance(self.estimator, BlockDiagonalCurvature):
+                # Eigenbases are renewed as by any refresh. Of its inverses nothing is used, and so nothing computed.
+                renewed, _ = self.estimator.refresh_finite(curvature, parameters, damping, only, is_wanted)
+                curvature = eqx.tree_at(lambda state: state.inverses, renewed, curvature.inverses)
             new = self.estimator.decompose(curvature, parameters)
             known = self.estimator.weight(curvature) > 0
             spectra, failed = keep_finite(new.spectra, eigendecomposition.spectra, known, is_wanted)

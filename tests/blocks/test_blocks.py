@@ -71,7 +71,7 @@ def partial_traces(shape, matrix):
 def gradient_case(block, shape):
     gradients = random_gradients(shape)
     inputs, moment = (), block.second_moment(shape, gradients)
-    statistics = block.statistics(shape, inputs, moment, None, N)
+    statistics = block.statistics(shape, inputs, moment, None, N, None)
     matrix, ndim = exact(shape, gradients), len(shape.leading)
     if isinstance(block, kfax.Diagonal):
         matrix = jnp.diag(jnp.diag(matrix))
@@ -106,6 +106,19 @@ def kron_blocks(shape, left, right):
     return fill(shape, index, [jnp.kron(x, y) for x, y in zip(left, right, strict=True)])
 
 
+def corrected_case(block, shape):
+    """Any eigenvalues, in any basis."""
+    factors = _factors(jax.random.key(1), shape, shape.d_a <= block.max_dim, shape.d_g <= block.max_dim)
+    pair = (factors.g, factors.a)
+    u_g, u_a = (jnp.linalg.eigh(f)[1] if f.ndim == len(shape.leading) + 2 else None for f in pair)
+    values = jnp.square(jax.random.normal(jax.random.key(2), (*shape.leading, shape.d_g, shape.d_a))) + 0.01
+    statistics = kfax.CorrectedFactors(factors, u_g, u_a, values)
+    identities = [jnp.broadcast_to(jnp.eye(d), (*shape.leading, d, d)) for d in (shape.d_g, shape.d_a)]
+    left, right = (eye if basis is None else basis for basis, eye in zip((u_g, u_a), identities, strict=True))
+    vectors = kron_blocks(shape, left, right)
+    return statistics, (vectors * values.reshape(-1)) @ vectors.T
+
+
 def kronecker_case(block, shape):
     a_dense, g_dense = shape.d_a <= block.max_dim, shape.d_g <= block.max_dim
     direct = _factors(jax.random.key(1), shape, a_dense, g_dense)
@@ -126,6 +139,7 @@ BLOCKS = {
     **{f"kronecker-{n}": kfax.KroneckerFactored(inversion=i) for n, i in INVERSIONS.items()},
     **{f"kronecker-3-{n}": kfax.KroneckerFactored(inversion=i, max_dim=3) for n, i in INVERSIONS.items()},
     **{f"kronecker-0-{n}": kfax.KroneckerFactored(inversion=i, max_dim=0) for n, i in INVERSIONS.items()},
+    **{f"corrected-{d}": kfax.EigenvalueCorrected(max_dim=d) for d in (100, 3, 0)},
     "sum": kfax.KroneckerSum(),
     "sum-3": kfax.KroneckerSum(max_dim=3),
 }
@@ -134,6 +148,7 @@ BLOCKS = {
 def make(name, shape) -> tuple[kfax.Block, kfax.MatrixShape, Any, jax.Array]:
     block, dims = BLOCKS[name], SHAPES[shape]
     case = gradient_case if isinstance(block, kfax.GradientBlock) else kronecker_case
+    case = corrected_case if isinstance(block, kfax.EigenvalueCorrected) else case
     statistics, matrix = case(block, dims)
     return block, dims, statistics, matrix
 
@@ -188,7 +203,7 @@ def test_inverse_of_the_damped_block(name, shape):
         inverse = refreshed(block, shape, statistics, damping)
         found = as_matrix(inverse.solve, shape)
         assert_close(found, jnp.linalg.inv(damped_matrix(block, shape, statistics, matrix, damping)), tolerance=1e-9)
-        changed = as_matrix(inverse.redamp(jnp.asarray(other)).solve, shape)
+        changed = as_matrix(block.redamp(shape, statistics, inverse, jnp.asarray(other)).solve, shape)
         if block.diagonalizes and not isinstance(block, kfax.KroneckerSum):
             assert_close(changed, jnp.linalg.inv(matrix + other * eye), tolerance=1e-9)
         else:  # takes effect with the next refresh

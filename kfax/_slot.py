@@ -3,10 +3,10 @@
 A layer that wants to be observed passes its output through `observe(y, x, slot)`, which returns `y`. With `slot=None`
 that is all. Otherwise the slot holds arrays, and the caller differentiates with respect to *them*, backwards. The rule
 of `observe` then is a linear function whose transpose hands `dy` on to `y` and gives the slot the "cotangent"
-`fold(x, dy)`: whatever statistic of the layer's inputs and output cotangents is wanted. Reverse mode does the rest. It
-adds up the contributions of several calls and of the iterations of a `scan`, it runs through `jit`, `cond` and
-`checkpoint`, and it stacks what belongs to stacked layers. A derivative in which the slot has no tangent is one that
-the loss takes of the model, by forward mode: the rule observes the layer's tangents as it does its values.
+`fold(x, dy)`: whatever statistic of inputs and output cotangents is wanted. Reverse mode adds up the contributions of
+several calls and of the iterations of a `scan`, runs through `jit`, `cond` and `checkpoint`, and stacks what belongs to
+stacked layers. A derivative in which the slot has no tangent is one that the loss takes of the model, by forward mode:
+the rule observes the layer's tangents as it does its values.
 
 What it would not do by itself is treat a batch well. Under `jax.vmap(model)` plain batching would compute the
 statistic of every example, an array of batch x d x d numbers, and only then sum it. So `fold` is a `custom_vmap`
@@ -30,12 +30,10 @@ as one of per-example gradients, does, and so do example weights:
   marker, so that the backward pass sees the axis even where `x` does not depend on the example. Then a slot that is
   mapped over this axis as well, which is what a `lax.cond` whose predicate differs between examples makes of it, can
   be told from one that belongs to stacked layers: the axis enumerates rows all the same, one example at a time.
-- *Unnamed*: the outermost row axis, the last one that the rule is asked about. Its size must be the number of
-  examples.
+- *Unnamed*: the outermost row axis, the last one that the rule is asked about. It must have the size of the batch.
 
 Two kinds of statistic use this. A *sum* adds over rows: second moments, counts. A *linear* one keeps an axis of
-examples and is linear in each use of the layer (a per-example gradient), to be squared by the caller: squaring in each
-use would be wrong for a layer that is used twice. To this module both are functions with results like the slot.
+examples and is linear in each use of the layer: a score, or a gradient, squared by the caller when all uses are in.
 """
 
 import dataclasses
@@ -141,7 +139,7 @@ class Use(eqx.Module):
     - `x`: what the layer was given, `(n, p, ...)`, or a PyTree of such arrays.
     - `dy`: the cotangent of what it returned, likewise. Per example: not divided by n.
     - `present`: which positions count; `None` if all do. Where `False`, `dy` is zero, and `x` is one that counts.
-    - `weights`: of the examples, divided by their mean; `None` if equal.
+    - `weights`, `operand`: those of the slot, of a single layer. Weights are divided by their mean.
     - `context`: what the layer passed beside `x`, without these axes, such as its parameters.
     - `is_tangent`: whether `x` is the derivative of an input along some direction, within a loss that contains
         derivatives of the model. What is added to every output, a bias, has no part in it.
@@ -151,6 +149,7 @@ class Use(eqx.Module):
     dy: ArrayTree
     present: Bool[Array, "n p"] | None
     weights: Float[Array, " n"] | None
+    operand: ArrayTree
     context: PyTree
     is_tangent: bool = eqx.field(static=True, default=False)
 
@@ -175,8 +174,8 @@ class Slot(eqx.Module):
     - `axis`: which mapped axis enumerates the examples.
     - `ndim`: how many axes the first array in `value` has for a single layer, without stack axes.
     - `on_forward`: called when the layer is called; may raise an error.
-    - `present`: whether the next call counts, as told by [`kfax.masked`][]; `None` if it does. Carries the same stack
-        axes as `value`.
+    - `operand`: arrays for `statistic`, or `None`. Carries the same stack axes as `value`.
+    - `present`: whether the next call counts, as told by [`kfax.masked`][]; `None` if it does. Likewise.
     """
 
     value: ArrayTree
@@ -185,6 +184,7 @@ class Slot(eqx.Module):
     axis: ExampleAxis = eqx.field(static=True)
     ndim: int = eqx.field(static=True, default=0)
     on_forward: Callable[[], None] = eqx.field(static=True, default=lambda: None)
+    operand: ArrayTree = None
     present: Bool[Array, "*stack"] | None = None
 
     @property
@@ -224,16 +224,16 @@ def observe(y: _Y, x: PyTree, slot: Slot | Hidden | None, context: PyTree = None
     observed, rest = eqx.partition(y, eqx.is_inexact_array)
     x = jax.tree.map(jnp.asarray, x)
     ndims = jax.tree.map(jnp.ndim, x), jax.tree.map(jnp.ndim, observed)
-    observer = _observer(slot, *ndims)
-    return eqx.combine(observer(observed, x, slot.value, slot.weights, slot.axis.marker(), slot.present, context), rest)
+    operands = slot.value, (slot.weights, slot.operand), slot.axis.marker(), slot.present, context
+    return eqx.combine(_observer(slot, *ndims)(observed, x, *operands), rest)
 
 
 def _observer(slot: Slot, x_ndims: PyTree, y_ndims: PyTree, is_tangent: bool = False) -> Callable:
     fold = _make_fold(_row_statistic(slot, x_ndims, y_ndims, is_tangent), num_stacks=0, axis=slot.axis)
 
     @jax.custom_jvp
-    def observer(y, x, value, weights, marker, present, context):
-        del x, value, weights, present, context
+    def observer(y, x, value, given, marker, present, context):
+        del x, value, given, present, context
         # JAX forgets the rule below where it makes linear functions, and runs this instead of it; and nowhere else.
         if is_tangent:
             factor = 1 + _fail(jnp.zeros(()), *slot.axis.of_all(ExampleAxis.in_reverse))
@@ -289,7 +289,7 @@ def _row_statistic(slot: Slot, x_ndims: PyTree, y_ndims: PyTree, is_tangent: boo
     shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), slot.value)
     axis, read = slot.axis, slot.statistic
 
-    def statistic(seen: bool, weights, present, context, x, dy):
+    def statistic(seen: bool, given, present, context, x, dy):
         first, first_ndim = jax.tree.leaves(dy)[0], jax.tree.leaves(y_ndims)[0]
         rows = first.shape[: first.ndim - first_ndim]
         found = rows[0] if rows and (seen or axis.name is None) else None
@@ -307,7 +307,7 @@ def _row_statistic(slot: Slot, x_ndims: PyTree, y_ndims: PyTree, is_tangent: boo
         if counts is not None:
             x = jax.tree.map(lambda array: _replace_absent(array, counts), x)
             dy = jax.tree.map(lambda array: jnp.where(_like(counts, array), array, 0), dy)
-        return tie(read(Use(x, dy, counts, weights, context, is_tangent)), dy)
+        return tie(read(Use(x, dy, counts, *given, context, is_tangent)), dy)
 
     return statistic
 
@@ -337,26 +337,26 @@ def _like(present: Bool[Array, "n p"], array: Array) -> Bool[Array, "n p ..."]:
 def _make_fold(
     statistic: Callable, num_stacks: int, axis: ExampleAxis, seen: bool = False, num_rows: int = 0
 ) -> Callable:
-    """Builds `fold(value, weights, marker, present, context, x, dy)`.
+    """Builds `fold(value, given, marker, present, context, x, dy)`.
 
     The operands have the axes `(*stacks, *rows, *one call)`, those of a layer itself without rows. `seen` says that
     the named example axis is among the rows, as the first of them.
     """
 
     @custom_vmap
-    def fold(value, weights, marker, present, context, x, dy):
+    def fold(value, given, marker, present, context, x, dy):
         del value, marker
-        return statistic(seen, weights, present, context, x, dy)
+        return statistic(seen, given, present, context, x, dy)
 
     @fold.def_vmap
-    def rule(size, mapped, value, weights, marker, present, context, x, dy):
+    def rule(size, mapped, value, given, marker, present, context, x, dy):
         def broadcast(array, is_mapped):
             return array if is_mapped else jnp.broadcast_to(array, (size, *array.shape))
 
         def one(array, is_mapped):
             return array[0] if is_mapped else array
 
-        of_layer, of_rows = (value, weights, context), (present, x, dy)
+        of_layer, of_rows = (value, given, context), (present, x, dy)
         layer_mapped, rows_mapped = (mapped[0], mapped[1], mapped[4]), (mapped[3], mapped[5], mapped[6])
         present, x, dy = jax.tree.map(broadcast, of_rows, rows_mapped)
         is_stacked = any(jax.tree.leaves(mapped[0]))
@@ -364,24 +364,24 @@ def _make_fold(
 
         if is_stacked and not is_examples:
             # One layer for each element: one statistic for each element.
-            value, weights, context = jax.tree.map(broadcast, of_layer, layer_mapped)
+            value, given, context = jax.tree.map(broadcast, of_layer, layer_mapped)
 
             def stacked(seen, *operands):
                 return jax.vmap(functools.partial(statistic, seen))(*operands)
 
             fold = _make_fold(stacked, num_stacks + 1, axis, seen, num_rows)
-            out = fold(value, weights, marker, present, context, x, dy)
+            out = fold(value, given, marker, present, context, x, dy)
             return out, jax.tree.map(lambda _: True, out)
 
         # One layer for all elements: the axis enumerates rows.
         if is_stacked:
-            value, weights, context = jax.tree.map(one, of_layer, layer_mapped)
+            value, given, context = jax.tree.map(one, of_layer, layer_mapped)
         position = num_stacks + (1 if seen else 0)
         present, x, dy = jax.tree.map(lambda array: jnp.moveaxis(array, 0, position), (present, x, dy))
         fold = _make_fold(statistic, num_stacks, axis, seen or is_examples, num_rows + 1)
         marker = None if is_examples else marker
         if not is_stacked:
-            out = fold(value, weights, marker, present, context, x, dy)
+            out = fold(value, given, marker, present, context, x, dy)
             if axis.name is None and size == axis.size and not any(jax.tree.leaves(rows_mapped[1:])):
                 out = _fails(out, dy, 0, (axis.summed(),))
             return out, jax.tree.map(lambda _: False, out)
@@ -392,7 +392,7 @@ def _make_fold(
 
         def due_to(index):
             only = example == index
-            return fold(value, weights, marker, only if present is None else only & present, context, x, dy)
+            return fold(value, given, marker, only if present is None else only & present, context, x, dy)
 
         out = jax.lax.map(due_to, jnp.arange(size))
         return out, jax.tree.map(lambda _: True, out)

@@ -35,11 +35,13 @@ class Reading:
     - `statistic`: `(operation, use)` to what is read of one use. Usually the operation is the part's own; of a
         parameter that is tied to another layer's, it is what that one does.
     - `is_sum`: whether it is a plain sum over rows.
+    - `operand`: arrays that `statistic` finds in the use, with the stack axes of the layer; or `None`.
     """
 
     zeros: ArrayTree
     statistic: Callable[[Operation, Use], ArrayTree]
     is_sum: bool
+    operand: ArrayTree = None
 
 
 class Problem(eqx.Module):
@@ -294,7 +296,7 @@ def _slots(
     paths = tuple(dict.fromkeys(place.path for several in places.values() for place in several))
     for part in found:
         reading = read(part)
-        values[part.key] = tie(reading.zeros, anchor)
+        values[part.key] = tie(reading.zeros, (anchor, reading.operand))
         for place in places[part.key]:
             slot = make(part, reading, place.path, paths, place.operation)
             uses.setdefault((place.path, place.name), []).append((part.key, slot))
@@ -338,7 +340,7 @@ def _slot(
     stacked = None if weights is None else jnp.broadcast_to(weights, (*stack, num_examples))
     axis = ExampleAxis(example_axis, num_examples, reading.is_sum and weights is None, path, paths)
     ndim = jax.tree.leaves(reading.zeros)[0].ndim - len(stack)
-    return Slot(reading.zeros, stacked, statistic, axis, ndim, on_forward)
+    return Slot(reading.zeros, stacked, statistic, axis, ndim, on_forward, reading.operand)
 
 
 def _observed(part: Part, operation: Operation, use: Use) -> str:

@@ -307,7 +307,7 @@ def _row_statistic(slot: Slot, x_ndims: PyTree, y_ndims: PyTree, is_tangent: boo
         if counts is not None:
             x = jax.tree.map(lambda array: _replace_absent(array, counts), x)
             dy = jax.tree.map(lambda array: jnp.where(_like(counts, array), array, 0), dy)
-        return tie(read(Use(x, dy, counts, *given, context, is_tangent)), dy)
+        return tie(read(Use(x, dy, counts, given[0], given[1], context, is_tangent)), dy)
 
     return statistic
 

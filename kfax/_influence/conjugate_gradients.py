@@ -8,14 +8,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from .._estimators import check_source, CurvatureEstimator, CurvatureSource, ExactGGN, ImplicitExactCurvature
-from .._estimators import total_weight, wide
+from .._estimators import (
+    check_source,
+    CurvatureEstimator,
+    CurvatureSource,
+    ExactGGN,
+    ImplicitExactCurvature,
+    total_weight,
+    wide,
+)
 from .._math.mesh import on_automatic_axes
 from .._math.moving_average import MovingAverage
 from .._math.scalars import nonnegative
 from .._math.tree import zeros_like
 from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
-from .stacks import AT_ONCE, dots, solve_each
+from .stacks import AT_ONCE, check_stack, dots, solve_each
 
 
 class ConjugateGradientsState(eqx.Module):
@@ -93,7 +100,15 @@ class ConjugateGradients(eqx.Module):
         - `damping`: λ. [loss/param²]
 
         **Returns:** the state before the first pass, with x = 0.
+
+        **Raises:** `ValueError` for vectors without a leading axis, or a state where there is no preconditioner.
         """
+        if (state is None) != (self.preconditioner is None):
+            raise ValueError(
+                "`state` must be that of the preconditioner, after a refresh, or `None` if there is none: "
+                "`solver.init(state, vectors, damping)`."
+            )
+        check_stack("vectors", vectors)
         damping, residual = nonnegative("damping", damping), wide(vectors)
         direction = self._precondition(state, residual)
         return ConjugateGradientsState(

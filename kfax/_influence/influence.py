@@ -18,7 +18,7 @@ from .._math.mesh import on_automatic_axes
 from .._math.types import Model, Parameters, PRNGKey, Where
 from .._operations import FactoredOperation, MatrixShape, Operation, Transposed
 from .._slot import Use
-from .stacks import check_stacked, dots, solve_each
+from .stacks import check_stack, dots, solve_each
 
 
 class Influence(eqx.Module):
@@ -74,7 +74,8 @@ class Influence(eqx.Module):
             raise ValueError(f"`loss_fn` must be a function of model and batch, got {type(loss_fn).__name__}.")
         if not isinstance(estimator, CurvatureEstimator):
             raise ValueError(
-                f"`estimator` must be an estimator, such as `kfax.BlockDiagonalCurvature(decay=1.0)`, got {estimator!r}."
+                "`estimator` must be an estimator, such as `kfax.BlockDiagonalCurvature(decay=1.0)`, got "
+                f"{estimator!r}."
             )
         self.loss_fn = loss_fn
         self.estimator = estimator
@@ -82,9 +83,7 @@ class Influence(eqx.Module):
         self.frozen = frozen
 
     @on_automatic_axes
-    def gradients(
-        self, model: Model, batch: Any, *, key: PRNGKey | None = None, model_state: Any = None
-    ) -> Parameters:
+    def gradients(self, model: Model, batch: Any, *, key: PRNGKey | None = None, model_state: Any = None) -> Parameters:
         r"""The gradient $g_i$ of each example, in one backward pass.
 
         It is that of $w_i \ell_i$, with the weights as they are given: not divided by their mean, so that it does not
@@ -161,7 +160,7 @@ class Influence(eqx.Module):
         **Returns:** scores by key, as [`kfax.coverage`][] prints them, which sum up to those of `scores`.
         """
         problem = self._problem(model, batch, key, model_state)
-        check_stacked("directions", directions, problem.parameters)
+        check_stack("directions", directions, problem.parameters)
         matrices = jax.vmap(to_matrices)(directions)
         found = _observe(problem, functools.partial(_read_scores, matrices), self.example_axis)
         return {key: jnp.sum(each.reshape(-1, *each.shape[-2:]), axis=0).T for key, each in found.items()}
@@ -192,9 +191,7 @@ class Influence(eqx.Module):
         return Problem(self.loss_fn, model, batch, split_key(self.loss_fn, key)[0], model_state, self.frozen)
 
 
-def _observe(
-    problem: Problem, read: Callable[[Part, int], Reading], example_axis: str | None
-) -> dict[str, Any]:
+def _observe(problem: Problem, read: Callable[[Part, int], Reading], example_axis: str | None) -> dict[str, Any]:
     """What is read of the layers, by key, when the losses have the cotangents of the sum over examples."""
     linearization = linearize(problem, read, example_axis=example_axis)
     cotangents = eqx.tree_at(lambda terms: terms[1], linearization.of_value(), replace_fn=jnp.zeros_like)
@@ -211,9 +208,7 @@ def _read_gradients(part: Part, num_examples: int) -> Reading:
     return Reading(_BY_EXAMPLE.slot(shape, num_examples), functools.partial(_BY_EXAMPLE.record, shape), is_sum=False)
 
 
-def _read_scores(
-    matrices: Mapping[str, Float[Array, "q *leading d_g d_a"]], part: Part, num_examples: int
-) -> Reading:
+def _read_scores(matrices: Mapping[str, Float[Array, "q *leading d_g d_a"]], part: Part, num_examples: int) -> Reading:
     shape, directions = part.operation.shape(), matrices[part.key].astype(part.operation.shape().statistics_dtype)
     zeros = jnp.zeros((*shape.stack, num_examples, len(directions)), shape.statistics_dtype)
     operand = jnp.moveaxis(directions, 0, len(shape.stack))
@@ -221,20 +216,21 @@ def _read_scores(
 
 
 def _scores(shape: MatrixShape, operation: Operation, use: Use) -> Float[Array, "n q"]:
-    """`Σ g ᵀ V ā` over positions and groups, for each direction V."""
+    """`Σ gᵀ V ā` over positions and groups, for each direction V."""
     directions = use.operand.reshape(len(use.operand), math.prod(shape.groups), shape.d_g, shape.d_a)
-    if not _has_one_position(operation, use):
-        gradients = _BY_EXAMPLE.record(shape, operation, use).cotangents
-        gradients = gradients.reshape(-1, *gradients.shape[-3:])
-        return jnp.einsum("knoi,qkoi->nq", gradients, directions)
-    own = operation.shape()
-    a = operation.input_sums(use.x, None, directions.dtype).reshape(-1, use.num_examples, own.num_inputs)
-    g = operation.cotangents(use.dy).astype(directions.dtype).reshape(len(a), use.num_examples, own.d_g)
-    # The product of two that is the cheaper one to begin with is also the one with the smaller result.
+    if isinstance(operation, FactoredOperation) and not isinstance(operation, Transposed):
+        if use.num_positions * operation.num_positions(use.x) == 1:
+            return _scores_at_one_position(directions, operation, use)
+    gradients = _BY_EXAMPLE.record(shape, operation, use).cotangents
+    return jnp.einsum("knoi,qkoi->nq", gradients.reshape(-1, *gradients.shape[-3:]), directions)
+
+
+def _scores_at_one_position(
+    directions: Float[Array, "q k d_g d_a"], operation: FactoredOperation, use: Use
+) -> Float[Array, "n q"]:
+    own, leading = operation.shape(), (directions.shape[1], use.num_examples)
+    a = operation.input_sums(use.x, None, directions.dtype).reshape(*leading, own.num_inputs)
+    g = operation.cotangents(use.dy).astype(directions.dtype).reshape(*leading, own.d_g)
+    # Of the two orders of products the cheaper one has the smaller result in between.
     scores = jnp.einsum("kni,qkoi,kno->nq", a, directions[..., : own.num_inputs], g)
     return scores + jnp.einsum("qko,kno->nq", directions[..., -1], g) if own.bias else scores
-
-
-def _has_one_position(operation: Operation, use: Use) -> bool:
-    is_plain = isinstance(operation, FactoredOperation) and not isinstance(operation, Transposed)
-    return is_plain and use.num_positions * operation.num_positions(use.x) == 1

@@ -16,6 +16,7 @@ AT_ONCE = 32
 
 def solve_each(estimator: CurvatureEstimator, state: Any, vectors: Parameters) -> Parameters:
     """`(C + λI)⁻¹ v` of each of them."""
+    check_stack("queries", vectors)
     return jax.lax.map(lambda vector: estimator.solve(state, vector), vectors, batch_size=AT_ONCE)
 
 
@@ -27,15 +28,16 @@ def dots(x: Parameters, y: Parameters) -> Float[Array, " q"]:
     return jnp.sum(jnp.stack(sums), axis=0)
 
 
-def check_stacked(name: str, vectors: Parameters, parameters: Parameters) -> None:
-    """Raises an error unless all leaves are those of the parameters with one leading axis."""
-    leaves, expected = jax.tree.leaves(vectors), jax.tree.leaves(parameters)
-    is_like = jax.tree.structure(vectors) == jax.tree.structure(parameters)
-    if not is_like or any(jnp.shape(x)[1:] != y.shape or jnp.ndim(x) == 0 for x, y in zip(leaves, expected)):
+def check_stack(name: str, vectors: Parameters, like: Parameters | None = None) -> None:
+    """Raises an error unless all arrays have the same leading axis, and are otherwise those of a vector `like` them."""
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(vectors)]
+    is_stack = len({shape[:1] for shape in shapes}) == 1 and shapes[0] != ()
+    if like is not None:
+        is_like = jax.tree.structure(vectors) == jax.tree.structure(like)
+        is_stack = is_stack and is_like and [shape[1:] for shape in shapes] == [x.shape for x in jax.tree.leaves(like)]
+    if not is_stack:
         raise ValueError(
-            f"`{name}` must be a PyTree like `kfax.parameters_of(model)` (with the same `frozen=`), of which each array "
-            "has a leading axis for the queries, as `gradients` returns it. Of a single vector: "
+            f"`{name}` must be a PyTree like `kfax.parameters_of(model)` (or `kfax.parameters_of(model, frozen=...)`), "
+            "of which each array has one more axis, the first, for the queries. Of a single vector it is "
             "`jax.tree.map(lambda x: x[None], vector)`."
         )
-    if len({len(x) for x in leaves}) > 1:
-        raise ValueError(f"All arrays of `{name}` must have the same number of queries on axis 0.")

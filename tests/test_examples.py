@@ -18,6 +18,7 @@ VARIANTS = {
     "lora": [[]],
     "custom_loss": [[]],
     "helium": [[]],
+    "influence": [[]],
     "optax_chain": [[]],
     "preconditioned_cg": [[]],
 }
@@ -30,6 +31,7 @@ PRINTED = {
     "lora": ("K-FAC", "Adam", "before"),
     "custom_loss": ("Student's t", "squared error", "distance"),
     "helium": ("SPRING", "Adam", "variance"),
+    "influence": ("loss", "self-influence, K-FAC", "held-out accuracy"),
     "optax_chain": ("scale_by_curvature", "scale_by_adam"),
     "preconditioned_cg": ("no preconditioner", "diagonal", "exact damping"),
 }

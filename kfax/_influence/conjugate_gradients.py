@@ -64,7 +64,7 @@ class ConjugateGradients(eqx.Module):
     in one call, up to a tolerance.
 
     A batch costs, for each v, a pass forward and one backward. Memory: five vectors for each v, and the outputs of all
-    layers for 32 of them at a time.
+    layers on a batch for 32 of them at a time.
 
     ??? cite "Source"
         Martens 2010, "Deep learning via Hessian-free optimization", section 4.

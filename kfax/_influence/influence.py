@@ -31,7 +31,8 @@ class Influence(eqx.Module):
     weighted by $\frac1N + \varepsilon$ in place of $\frac1N$, the trained parameters change by
     $-\varepsilon\, (C + \lambda I)^{-1} g_i$, and so what q is the gradient of changes by $-\varepsilon s_{qi}$. Left
     out, $\varepsilon = -\frac1N$, it changes by about $+\frac1N s_{qi}$. So if q is the gradient of a loss, examples of
-    positive score helped. The score has the unit of what q is the gradient of.
+    positive score helped. The score has the unit of what q is the gradient of. (Where examples have weights, N is the sum
+    of them all.)
 
     All is for one batch at a time: a data set of any size is gone through by a loop over its batches, whose scores are
     joined along their last axis. Nothing depends on how it is split.
@@ -42,8 +43,8 @@ class Influence(eqx.Module):
     formed first, `d_g d_a` numbers for each example. Either way it takes about `2 q P` flops for each example.
 
     ??? cite "Source"
-        Koh & Liang 2017, arXiv:1703.04730, section 2; Grosse et al. 2023, arXiv:2308.03296, sections 2 and 3. Their
-        influence of an example is $-s$ in the former, and $s$ in the latter.
+        Koh & Liang 2017, arXiv:1703.04730, section 2; Grosse et al. 2023, arXiv:2308.03296, sections 2 and 3, whose
+        influence on what q is the gradient of is $-s$.
     """
 
     loss_fn: Callable

@@ -31,8 +31,8 @@ class Influence(eqx.Module):
     weighted by $\frac1N + \varepsilon$ in place of $\frac1N$, the trained parameters change by
     $-\varepsilon\, (C + \lambda I)^{-1} g_i$, and so what q is the gradient of changes by $-\varepsilon s_{qi}$. Left
     out, $\varepsilon = -\frac1N$, it changes by about $+\frac1N s_{qi}$. So if q is the gradient of a loss, examples of
-    positive score helped. The score has the unit of what q is the gradient of. (Where examples have weights, N is the sum
-    of them all.)
+    positive score helped. The score has the unit of what q is the gradient of. (With weights of examples, N is their
+    sum.)
 
     All is for one batch at a time: a data set of any size is gone through by a loop over its batches, whose scores are
     joined along their last axis. Nothing depends on how it is split.

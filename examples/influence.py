@@ -29,9 +29,9 @@ NUM_TRAINING, BATCH_SIZE = 1500, 250
 
 def load(seed):
     """Images and labels in random order, and which of the training labels are wrong."""
-    rng, digits = np.random.default_rng(seed), load_digits()
-    order = rng.permutation(len(digits.target))
-    images, labels = digits.data[order].astype(np.float32) / 16, digits.target[order]
+    rng, (images, labels) = np.random.default_rng(seed), load_digits(return_X_y=True)
+    order = rng.permutation(len(labels))
+    images, labels = images[order].astype(np.float32) / 16, labels[order]
     is_wrong = np.zeros(len(labels), bool)
     is_wrong[rng.permutation(NUM_TRAINING)[: NUM_TRAINING // 10]] = True
     labels = np.where(is_wrong, (labels + rng.integers(1, 10, len(labels))) % 10, labels)
@@ -62,8 +62,8 @@ def train(batches, epochs, seed):
 
 BLOCKS = kfax.BlockDiagonalCurvature(kfax.ExactGGN(), decay=1.0)
 INFLUENCE, SOLVER = kfax.Influence(loss_fn, BLOCKS), kfax.ConjugateGradients(preconditioner=BLOCKS)
-update, scores, own = (eqx.filter_jit(f) for f in (BLOCKS.update, INFLUENCE.scores, INFLUENCE.self_influence))
-add, advance = eqx.filter_jit(SOLVER.update), eqx.filter_jit(SOLVER.step)
+update, add, advance = eqx.filter_jit(BLOCKS.update), eqx.filter_jit(SOLVER.update), eqx.filter_jit(SOLVER.step)
+scores, own = eqx.filter_jit(INFLUENCE.scores), eqx.filter_jit(INFLUENCE.self_influence)
 losses = eqx.filter_jit(lambda model, batch: loss_fn(model, batch).losses())
 gradient = eqx.filter_jit(eqx.filter_grad(lambda model, batch: loss_fn(model, batch).value()))
 

@@ -1,5 +1,6 @@
 """Gradients of examples, scores and self-influence, against gradients of one example at a time and dense matrices."""
 
+import dataclasses
 import functools
 
 import equinox as eqx
@@ -75,9 +76,7 @@ def test_weights_masks_and_several_losses():
 
     influence = kfax.Influence(loss_fn, BLOCKS)
     found = matrix(influence.gradients(case.model, (*case.batch, WEIGHTS, mask)))
-    both = Layers.__new__(Layers)
-    both.model, both.x, both.y, both.outputs = case.model, case.x, case.y, case.outputs
-    both.one = lambda f, y: squared_loss(f, y) + 3 * squared_loss(2 * f, y)
+    both = dataclasses.replace(case, one=lambda f, y: squared_loss(f, y) + 3 * squared_loss(2 * f, y))
     assert_close(found, (WEIGHTS * mask)[:, None] * gradients_of(both))
     part = jax.tree.map(lambda x: x[3:5], (*case.batch, WEIGHTS, mask))
     assert_close(matrix(influence.gradients(case.model, part)), found[3:5])

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cases import grid, make_case
-from helpers import assert_close, flat, mlp, parameters, random
+from helpers import assert_close, flat, mlp, parameters, random, split
 from influence_cases import BLOCKS, gradients_of, is_kept, matrix, stacked, WEIGHTS
+from jax.sharding import AxisType
 from layer_cases import LAYERS
 from reference import ggn, squared_loss
 
@@ -171,6 +172,17 @@ def test_an_ensemble_has_scores_of_each():
     found = eqx.filter_jit(eqx.filter_vmap(run))(models)
     arrays, rest = eqx.partition(models, eqx.is_array)
     assert_close(found[1], run(eqx.combine(jax.tree.map(lambda leaf: leaf[1], arrays), rest)))
+
+
+@grid(kind=[AxisType.Auto, AxisType.Explicit])
+def test_a_batch_on_several_devices(kind):
+    case = make_case("mlp", "softmax", num_examples=8)
+    influence, directions = kfax.Influence(case.loss_fn, BLOCKS), stacked(parameters(case.model), 1, 3)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    model, directions = split((case.model, directions), mesh, None)
+    batch = split(case.batch, mesh, "data")
+    scores = eqx.filter_jit(influence.scores)(model, batch, directions)
+    assert_close(scores, matrix(directions) @ gradients_of(case).T)
 
 
 # -- mistakes --

@@ -55,6 +55,11 @@ from ._estimators import (
     SampleSpaceCurvature as SampleSpaceCurvature,
     SampleSpaceState as SampleSpaceState,
 )
+from ._influence import (
+    ConjugateGradients as ConjugateGradients,
+    ConjugateGradientsState as ConjugateGradientsState,
+    Influence as Influence,
+)
 from ._layers import (
     Blocks as Blocks,
     Coverage as Coverage,

@@ -20,6 +20,7 @@ VARIANTS = {
     "helium": [[]],
     "poisson": [["--dimension", "5"], []],
     "heat": [[]],
+    "influence": [[]],
     "optax_chain": [[]],
     "preconditioned_cg": [[]],
 }
@@ -34,6 +35,7 @@ PRINTED = {
     "helium": ("SPRING", "Adam", "variance"),
     "poisson": ("Gauss-Newton", "sample space", "K-FAC", "L-BFGS", "Adam"),
     "heat": ("Gauss-Newton", "K-FAC", "Adam"),
+    "influence": ("loss", "self-influence, K-FAC", "held-out accuracy"),
     "optax_chain": ("scale_by_curvature", "scale_by_adam"),
     "preconditioned_cg": ("no preconditioner", "diagonal", "exact damping"),
 }

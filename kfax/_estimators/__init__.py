@@ -1,4 +1,5 @@
 from .base import (
+    check_source as check_source,
     CurvatureEstimator as CurvatureEstimator,
     measured_across as measured_across,
     total_weight as total_weight,
@@ -8,6 +9,7 @@ from .block_diagonal import (
     BlockDiagonalCurvature as BlockDiagonalCurvature,
     BlockDiagonalState as BlockDiagonalState,
 )
+from .damping import wide as wide
 from .eigendecomposition import Eigendecomposition as Eigendecomposition
 from .explicit_exact import (
     ExplicitExactCurvature as ExplicitExactCurvature,

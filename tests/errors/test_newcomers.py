@@ -255,6 +255,11 @@ mistakes = {
     "takes a `kfax.BlockDiagonalCurvature(...)` and a `kfax.Placement(": lambda: kfax.PlacedCurvature(None, None),
     "`source` must be a curvature source, such as `kfax.ExactGGN()`": lambda: kfax.BlockDiagonalCurvature("ggn"),
     "as an array of real floating-point numbers, got float": lambda: kfax.squared_error(1.0, 2.0),
+    "`estimator` must be an estimator, such as": lambda: kfax.Influence(optim.loss_fn, kfax.ExactGGN()),
+    "`preconditioner` must be an estimator": lambda: kfax.ConjugateGradients(preconditioner=kfax.KroneckerFactored()),
+    "`directions` must be a PyTree like": lambda: kfax.Influence(optim.loss_fn, kfax.BlockDiagonalCurvature()).scores(
+        model, batch, kfax.parameters_of(model)
+    ),
     "`rule` must be a function": lambda: kfax.default_registry.register(eqx.nn.Linear, kfax.Full()),
     "`axis_name` must be the name of a mesh axis": lambda: kfax.across(lambda model, batch: None, 0),
     "`check_loss` takes a `kfax.Loss`, got Penalty": lambda: kfax.check_loss(kfax.Penalty(1.0), key=jax.random.key(0)),
@@ -279,4 +284,4 @@ def test_objects_of_the_wrong_type():
     """In a process of its own, without the run-time type checker, as a user has it."""
     result = subprocess.run([sys.executable, "-W", "error", "-c", MISTAKES], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "26 mistakes\n"
+    assert result.stdout == "29 mistakes\n"

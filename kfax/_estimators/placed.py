@@ -104,8 +104,10 @@ class PlacedCurvature(CurvatureEstimator):
         return PlacedState(MovingAverage(average, weight), kept, block_shapes(parts(parameters)))
 
     def linearize(self, problem: Problem, state: PlacedState) -> Linearization:
+        keys = [key for key, _ in state.shapes]
+        check_keys(keys, parts(problem.parameters))
         # No block that can be kept in parts asks for its statistics.
-        read = functools.partial(read_statistics, dict.fromkeys(key for key, _ in state.shapes))
+        read = functools.partial(read_statistics, dict.fromkeys(keys))
         return linearize(problem, read, example_axis=self.estimator.example_axis)
 
     def measure(self, linearization: Linearization, key: PRNGKey | None) -> MovingAverage:

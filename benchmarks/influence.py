@@ -37,7 +37,7 @@ from sklearn.datasets import load_digits  # noqa: E402
 import kfax  # noqa: E402
 
 
-BLOCKS = {"K-FAC": kfax.KroneckerFactored(inversion=kfax.Eigh())}
+BLOCKS = {"K-FAC": kfax.KroneckerFactored(inversion=kfax.Eigh()), "EKFAC": kfax.EigenvalueCorrected()}
 BY_BLOCKS = kfax.BlockDiagonalCurvature(kfax.ExactGGN(), decay=1.0)
 EXACT = kfax.ExplicitExactCurvature(kfax.ExactGGN(), decay=1.0)
 NUM_QUERIES, BATCH_SIZE, NUM_SEEDS = 100, 500, 3
@@ -115,10 +115,16 @@ def batches_of(batch):
 
 @eqx.filter_jit
 def curvature(estimator, model, batches, damping):
-    state = estimator.init(model)
+    state, parameters = estimator.init(model), kfax.parameters_of(model)
     for batch in batches:
         state = estimator.update(state, loss_fn, model, batch)
-    return estimator.refresh(state, kfax.parameters_of(model), damping)
+    state = estimator.refresh(state, parameters, damping)
+    if not isinstance(estimator, kfax.BlockDiagonalCurvature):
+        return state
+    state = estimator.restart(state, parameters)  # a second pass, for eigenvalues in the bases of the first
+    for batch in batches:
+        state = estimator.update(state, loss_fn, model, batch)
+    return estimator.redamp(state, parameters, damping)
 
 
 @eqx.filter_jit

@@ -149,8 +149,13 @@ class Laplace(eqx.Module):
 
         **Returns:** mean and covariance. The noise of targets is not in it.
 
-        **Raises:** `ValueError` if the function returns something else than one array of real numbers.
+        **Raises:** `ValueError` if it is no function, or returns something else than one array of real numbers.
         """
+        if not callable(function):
+            raise ValueError(
+                "`function` must be a function of the model, such as `lambda model: model(x)`, got "
+                f"{type(function).__name__}."
+            )
 
         def outputs(parameters):
             found = function(eqx.combine(parameters, self.rest))
@@ -170,8 +175,8 @@ class Laplace(eqx.Module):
     def sample(self, key: PRNGKey) -> Model:
         r"""Draws a model, $\theta_* + \Sigma^{1/2} \varepsilon$.
 
-        What such models compute, where the posterior is wide, is often worse than `predict`, which is about the
-        linearized one.
+        Where the posterior is wide, the model is not linear over its width, and draws predict worse than `predict`, which
+        is about the linearized one (Immer et al. 2021).
 
         **Arguments:**
 

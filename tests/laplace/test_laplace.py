@@ -23,7 +23,7 @@ POINTS = random(7, 5, 3)
 def decompose(estimator, loss_fn, model, batch, frozen=None):
     state = estimator.init(model, frozen=frozen)
     state = eqx.filter_jit(lambda *args: estimator.update(*args, frozen=frozen))(state, loss_fn, model, batch)
-    return eqx.filter_jit(estimator.decompose)(state, kfax.parameters_of(model, frozen=frozen))
+    return eqx.filter_jit(lambda *args: estimator.decompose(*args))(state, kfax.parameters_of(model, frozen=frozen))
 
 
 def predictions(laplace, points=POINTS):
@@ -270,6 +270,6 @@ def test_errors():
     with pytest.raises(ValueError, match="`spectrum` is not that of the parameters of `model`.*`frozen`"):
         kfax.Laplace(model, laplace.spectrum, 12, 1.0, frozen=lambda model: model.layers[0])
     with pytest.raises(ValueError, match="`function` must return an array of real .* returned SoftmaxCrossEntropy"):
-        laplace.predict(lambda model: classifier_loss(model, (POINTS, jnp.zeros(5, int))))  # pyright: ignore
+        laplace.predict(lambda model: classifier_loss(model, (POINTS, jnp.zeros(5, int))))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"of several examples. Map over them, as in `jax\.vmap"):
         predictions(laplace).moderated_logits()

@@ -175,8 +175,8 @@ class Laplace(eqx.Module):
     def sample(self, key: PRNGKey) -> Model:
         r"""Draws a model, $\theta_* + \Sigma^{1/2} \varepsilon$.
 
-        Where the posterior is wide, the model is not linear over its width, and draws predict worse than `predict`, which
-        is about the linearized one (Immer et al. 2021).
+        Where the posterior is wide, the model is not linear over its width, and draws predict worse than `predict`
+        does, which is about the linearized one (Immer et al. 2021).
 
         **Arguments:**
 

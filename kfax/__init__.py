@@ -60,6 +60,7 @@ from ._influence import (
     ConjugateGradientsState as ConjugateGradientsState,
     Influence as Influence,
 )
+from ._laplace import Laplace as Laplace, Predictive as Predictive
 from ._layers import (
     Blocks as Blocks,
     Coverage as Coverage,

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "kfax"
 # Top to bottom. A room imports only from rows below its own; rooms of one row do not import each other.
 HOUSE = [
     ["__init__"],
-    ["_optimizer", "_influence"],
+    ["_optimizer", "_influence", "_laplace"],
     ["_estimators"],
     ["_capture"],
     ["_layers"],

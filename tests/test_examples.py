@@ -21,6 +21,7 @@ VARIANTS = {
     "poisson": [["--dimension", "5"], []],
     "heat": [[]],
     "influence": [[]],
+    "laplace": [[]],
     "optax_chain": [[]],
     "preconditioned_cg": [[]],
 }
@@ -36,6 +37,7 @@ PRINTED = {
     "poisson": ("Gauss-Newton", "sample space", "K-FAC", "L-BFGS", "Adam"),
     "heat": ("Gauss-Newton", "K-FAC", "Adam"),
     "influence": ("loss", "self-influence, K-FAC", "held-out accuracy"),
+    "laplace": ("exact", "K-FAC", "log evidence", "in the gap"),
     "optax_chain": ("scale_by_curvature", "scale_by_adam"),
     "preconditioned_cg": ("no preconditioner", "diagonal", "exact damping"),
 }

@@ -236,6 +236,8 @@ def optimizer(loss_fn=lambda model, batch: None, **options):
     return kfax.Optimizer(loss_fn, **(settings | options))
 optim = optimizer(lambda model, batch: kfax.squared_error(jax.vmap(model)(batch[0]), batch[1]))
 state = optim.init(model, batch)
+exact = kfax.ExplicitExactCurvature()
+spectrum = exact.decompose(exact.init(model), kfax.parameters_of(model))
 mistakes = {
     "`learning_rate` must be a number, or a schedule": lambda: optimizer(learning_rate="0.1"),
     "`block` of `kfax.tag` must be one block": lambda: kfax.tag(linear, block=kfax.Diagonal),
@@ -260,6 +262,13 @@ mistakes = {
     "`directions` must be a PyTree like": lambda: kfax.Influence(optim.loss_fn, kfax.BlockDiagonalCurvature()).scores(
         model, batch, kfax.parameters_of(model)
     ),
+    "`spectrum` must be an eigendecomposition": lambda: kfax.Laplace(model, kfax.ExplicitExactCurvature(), 4, 1.0),
+    "`spectrum` is not that of the parameters": lambda: kfax.Laplace(model, spectrum, 4, 1.0, frozen=lambda m: m.bias),
+    "`prior_precision` must be positive": lambda: kfax.Laplace(model, spectrum, 4, 0.0),
+    "`temperature` must be a single number": lambda: kfax.Laplace(model, spectrum, 4, 1.0, temperature=jnp.ones(2)),
+    "`function` must return an array": lambda: kfax.Laplace(model, spectrum, 4, 1.0).predict(lambda model: None),
+    "`function` must be a function of the model": lambda: kfax.Laplace(model, spectrum, 4, 1.0).predict(batch[0]),
+    "this is of several examples": lambda: kfax.Predictive(jnp.ones((4, 2)), jnp.ones((4, 2, 2))).variance(),
     "`rule` must be a function": lambda: kfax.default_registry.register(eqx.nn.Linear, kfax.Full()),
     "`axis_name` must be the name of a mesh axis": lambda: kfax.across(lambda model, batch: None, 0),
     "`check_loss` takes a `kfax.Loss`, got Penalty": lambda: kfax.check_loss(kfax.Penalty(1.0), key=jax.random.key(0)),
@@ -284,4 +293,4 @@ def test_objects_of_the_wrong_type():
     """In a process of its own, without the run-time type checker, as a user has it."""
     result = subprocess.run([sys.executable, "-W", "error", "-c", MISTAKES], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "29 mistakes\n"
+    assert result.stdout == "36 mistakes\n"

@@ -1,0 +1,2 @@
+from .laplace import Laplace as Laplace
+from .predictive import Predictive as Predictive

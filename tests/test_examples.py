@@ -14,6 +14,7 @@ VARIANTS = {
     "transformer": [[]],
     "convnet": [[]],
     "curvature_spectrum": [[], ["--width", "20"]],
+    "spectral_density": [[]],
     "ensemble_sweep": [[]],
     "lora": [[]],
     "custom_loss": [[]],
@@ -30,6 +31,7 @@ OTHERS = ("resume", "multi_host")
 # What is printed, if not a comparison of optimizers.
 PRINTED = {
     "curvature_spectrum": ("K-FAC", "exact GGN", "full blocks", "trace"),
+    "spectral_density": ("exact", "matfree", "±", "K-FAC"),
     "ensemble_sweep": ("averaged predictions", "sweep"),
     "lora": ("K-FAC", "Adam", "before"),
     "custom_loss": ("Student's t", "squared error", "distance"),

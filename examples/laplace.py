@@ -81,7 +81,7 @@ def predict(laplace, inputs):
 
 def fit(estimator, batch, num_rounds, num_steps, seed):
     """Training and the choice of prior and noise in turns; the posterior, δ, σ and the log evidence."""
-    precision, noise = jnp.array(1.0), jnp.array(0.5)
+    precision, noise, results = jnp.array(1.0), jnp.array(0.5), []
     update, decompose = eqx.filter_jit(estimator.update), eqx.filter_jit(estimator.decompose)
     for _ in track(range(num_rounds)):
         model = train(batch, precision, noise, num_steps, seed)
@@ -89,9 +89,9 @@ def fit(estimator, batch, num_rounds, num_steps, seed):
         spectrum = decompose(state, kfax.parameters_of(model))
         laplace = kfax.Laplace(model, spectrum, N, precision, temperature=2 * noise**2)
         found = evidences(model, spectrum, loss_fn(model, batch).value())
-        result, best = (laplace, float(precision), float(noise), float(jnp.max(found))), jnp.argmax(found)
-        precision, noise = GRID[0][best], GRID[1][best]
-    return result
+        results.append((laplace, float(precision), float(noise), float(jnp.max(found))))
+        precision, noise = (numbers[jnp.argmax(found)] for numbers in GRID)
+    return results[-1]
 
 
 def score(laplace, noise, inputs, targets):

@@ -175,9 +175,8 @@ def _split(x: Any) -> tuple[tuple[Loss, ...], Scalar]:
     if any(loss.num_examples == 0 for loss in losses):
         raise ValueError("The batch is empty: a loss has no example on axis 0 of its outputs.")
     dtype = jnp.result_type(jnp.float32, *(loss.outputs for loss in losses))
-    return of_all_examples(losses), sum(
-        (term.value() for term in terms if isinstance(term, Penalty)), jnp.zeros((), dtype)
-    )
+    penalties = (term.value() for term in terms if isinstance(term, Penalty))
+    return of_all_examples(losses), sum(penalties, jnp.zeros((), dtype))
 
 
 def _describe(x: Any) -> str:

@@ -159,8 +159,10 @@ def linearize(
     def unobserved():
         return call(parameters, {})[0][0]
 
-    uncounted = lambda: (eqx.filter_eval_shape(unobserved), frozenset())  # noqa: E731
-    shapes, once = _used_once(problem, parameters, example_axis) if counts_uses else uncounted()
+    if counts_uses:
+        shapes, once = _used_once(problem, parameters, example_axis)
+    else:
+        shapes, once = eqx.filter_eval_shape(unobserved), frozenset()
     num_examples = shapes[0].num_examples
     sets = tuple(dict.fromkeys(loss.examples for loss in shapes))
     weights = None

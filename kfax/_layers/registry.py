@@ -136,8 +136,7 @@ def tag(
     - `block`: of all layers that are wrapped here, in place of what the rules choose. A [`kfax.KroneckerFactored`][],
         [`kfax.EigenvalueCorrected`][] or [`kfax.KroneckerSum`][] needs the inputs of a matrix: operations without them
         (scale and shift of a normalization, the slopes of a PReLU, a [`kfax.TaggedModule`][]) keep the block of their
-        rule. Any other block
-        is given to all. [`kfax.coverage`][] shows what each has.
+        rule. Any other block is given to all. [`kfax.coverage`][] shows what each has.
     - `frozen`: what is not to be trained and needs no block: a function of the model that returns one of its nodes or
         a sequence of them, as the `where` of `eqx.tree_at`. Give the optimizer the same.
 

@@ -314,9 +314,11 @@ def _among_all(found: ArrayTree, examples: range | None, expected: list[jax.Shap
         return found
 
     def spread(leaf, like):
-        sizes = zip(leaf.shape, like.shape, strict=True)
-        outside = [(examples.start, total - examples.stop) if size < total else (0, 0) for size, total in sizes]
-        return jnp.pad(leaf, outside) if leaf.ndim else leaf
+        is_axis = [size == len(examples) < total for size, total in zip(leaf.shape, like.shape, strict=True)]
+        if not any(is_axis):
+            return leaf
+        after = like.shape[is_axis.index(True)] - examples.stop
+        return jnp.pad(leaf, [(examples.start, after) if each else (0, 0) for each in is_axis])
 
     return jax.tree.unflatten(structure, [spread(*pair) for pair in zip(leaves, expected, strict=True)])
 

@@ -61,6 +61,29 @@ def test_scores_of_every_layer(name):
     assert_close(scores, matrix(directions) @ gradients_of(case).T)
 
 
+def test_scores_of_tokens_by_forward_mode():
+    """As docs/curvature.md has them: of each token, and of each layer, adding up to the scores of examples."""
+    model, x, y = kfax.tag(mlp(jax.random.key(0), (8, 4, 3))), random(1, 6, 5, 8), random(2, 6, 5, 3)
+
+    def loss_fn(model, batch):
+        return kfax.squared_error(jax.vmap(jax.vmap(model))(batch[0]), batch[1])
+
+    def token_losses(model):
+        return jax.vmap(jax.vmap(squared_loss))(jax.vmap(jax.vmap(model))(x), y)
+
+    def along(direction):
+        return eqx.filter_jvp(token_losses, (model,), (direction,))[1]
+
+    influence, directions = kfax.Influence(loss_fn, BLOCKS), stacked(parameters(model), 1, 3)
+    found = jax.lax.map(along, directions)
+    assert found.shape == (3, 6, 5)
+    assert_close(jnp.sum(found, axis=2), influence.scores(model, (x, y), directions))
+    for key, scores in influence.scores_by_layer(model, (x, y), directions).items():
+        only = kfax.from_matrices(parameters(model), mask_of(model, key))
+        of_layer = jax.lax.map(along, jax.tree.map(lambda d, m: d * m, directions, only))
+        assert_close(jnp.sum(of_layer, axis=2), scores)
+
+
 def test_weights_masks_and_several_losses():
     """Weights as they are given, not divided by their mean; what is masked throughout has no score; no penalty."""
     case = make_case("mlp", "squared")

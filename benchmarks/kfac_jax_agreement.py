@@ -22,7 +22,7 @@ STEPS, L2, SIZES = 25, 1e-3, (12, 10, 6, 10, 12)
 AUTO, EXACT = kfax.QuadraticModel(), kfax.BlockDiagonalCurvature(kfax.ExactGGN(), decay=0.95)
 LM = kfax.LevenbergMarquardt(1.0, decay=0.9, period=5)
 ADAPTIVE = {"learning_rate": AUTO, "momentum": AUTO, "damping": LM}
-FIXED = {"learning_rate": 0.05, "momentum": 0.8, "damping": 0.2}
+FIXED = {"learning_rate": kfax.LossConstraint(0.05, jnp.inf), "momentum": 0.8, "damping": 0.2}
 THEIR_ADAPTIVE = {
     "use_adaptive_learning_rate": True,
     "use_adaptive_momentum": True,

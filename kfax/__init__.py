@@ -133,6 +133,7 @@ from ._optimizer import (
     L2 as L2,
     LayerNorms as LayerNorms,
     LevenbergMarquardt as LevenbergMarquardt,
+    LossConstraint as LossConstraint,
     NormConstraint as NormConstraint,
     Optimizer as Optimizer,
     OptimizerState as OptimizerState,

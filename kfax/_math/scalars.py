@@ -58,6 +58,11 @@ def positive(name: str, value: Any) -> Scalar:
     )
 
 
+def positive_or_infinite(name: str, value: Any) -> Scalar:
+    """A scalar array, checked to be positive; infinity stands for no limit."""
+    return _checked(name, value, lambda x: x > 0, "be positive", may_be_infinite=True)
+
+
 def nonnegative(name: str, value: Any) -> Scalar:
     """A scalar array, checked not to be negative, and to be finite."""
     return _checked(name, value, lambda x: x >= 0, "not be negative or infinite")
@@ -78,14 +83,21 @@ def within_unit(name: str, value: Any) -> Scalar:
     return _checked(name, value, lambda x: (x > 0) & (x <= 1), "be in (0, 1]")
 
 
-def _checked(name: str, value: Any, is_in_range: Callable[[Any], Any], rule: str, advice: str = "") -> Scalar:
+def _checked(
+    name: str,
+    value: Any,
+    is_in_range: Callable[[Any], Any],
+    rule: str,
+    advice: str = "",
+    may_be_infinite: bool = False,
+) -> Scalar:
     """A scalar array that is finite and in its range: an error if the value is known not to be, or else NaN."""
     array = scalar(name, value)
     if is_traced(value):
-        return jnp.where(jnp.isfinite(array) & is_in_range(array), array, jnp.nan)
+        return jnp.where((may_be_infinite | jnp.isfinite(array)) & is_in_range(array), array, jnp.nan)
     with np.errstate(over="ignore"):
         number = np.asarray(value).astype(array.dtype)  # `array` itself may be traced
-    if not (np.isfinite(number) & is_in_range(number)):
+    if not ((may_be_infinite | np.isfinite(number)) & is_in_range(number)):
         raise ValueError(f"`{name}` must {rule}, got {value}.{advice}")
     return array
 

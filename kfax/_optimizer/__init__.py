@@ -18,6 +18,7 @@ from .preconditioner import (
 from .presets import full_batch as full_batch, stochastic as stochastic
 from .quadratic import QuadraticModel as QuadraticModel
 from .rescale import (
+    LossConstraint as LossConstraint,
     NormConstraint as NormConstraint,
     ProjectedMomentum as ProjectedMomentum,
     Rejection as Rejection,

@@ -13,6 +13,7 @@ from .._capture import linearize, Problem, split_key
 from .._estimators import CurvatureEstimator, ExplicitExactCurvature, measured_across
 from .._layers import any_parameters_of
 from .._math.mesh import on_automatic_axes
+from .._math.moving_average import MovingAverage
 from .._math.scalars import nonnegative, not_a_class, positive, within_closed_unit
 from .._math.tree import anywhere, cond, is_traced, zeros_like
 from .._math.types import Model, PRNGKey, PyTree, Schedule, Where
@@ -21,7 +22,7 @@ from .l2 import L2
 from .objective import Objective, objective_on, problem_with
 from .preconditioner import check_period, Preconditioner
 from .quadratic import QuadraticModel
-from .rescale import NormConstraint, ProjectedMomentum, Rejection
+from .rescale import LossConstraint, NormConstraint, ProjectedMomentum, Rejection
 from .state import OptimizerState, parameters_for, StepInfo
 from .step import Coefficient, Overrides, StepRules
 
@@ -58,7 +59,7 @@ class Optimizer(eqx.Module):
         self,
         loss_fn: Callable,
         *,
-        learning_rate: ArrayLike | Schedule | QuadraticModel | NormConstraint,
+        learning_rate: ArrayLike | Schedule | QuadraticModel | NormConstraint | LossConstraint,
         momentum: ArrayLike | Schedule | QuadraticModel | ProjectedMomentum,
         damping: ArrayLike | Schedule | DampingRule | RelativeDamping,
         l2: ArrayLike | L2 | None = None,
@@ -74,7 +75,9 @@ class Optimizer(eqx.Module):
             these names. Returns a [`kfax.Loss`][] of the whole batch (or a list or dictionary of them), or a tuple
             `(losses, aux)`; if it takes a model state, `(losses, model_state)` or `(losses, model_state, aux)`.
         - `learning_rate`: α ≥ 0, a number, a schedule (a function of the step, as those of optax),
-            [`kfax.QuadraticModel`][] or [`kfax.NormConstraint`][].
+            [`kfax.QuadraticModel`][] or [`kfax.NormConstraint`][]. A number or schedule stands for a
+            [`kfax.LossConstraint`][] of it, which lowers it in steps that promise too much; with an `exponent` other
+            than -1, where nothing is promised, it is taken as it is.
         - `momentum`: β in [0, 1], a number, a schedule, [`kfax.QuadraticModel`][] or [`kfax.ProjectedMomentum`][].
         - `damping`: λ > 0, a number, a schedule, a rule such as [`kfax.LevenbergMarquardt`][], or one of these relative
             to the curvature, [`kfax.RelativeDamping`][]. [loss/param²]
@@ -98,14 +101,18 @@ class Optimizer(eqx.Module):
             raise ValueError(f"`preconditioner` must be a `kfax.Preconditioner(...)`, got {preconditioner!r}.")
         if not (rejection is None or isinstance(rejection, Rejection)):
             raise ValueError(f"`rejection` must be `kfax.Rejection()` or `None`, got {rejection!r}.")
-        if isinstance(momentum, NormConstraint):
-            raise ValueError("`kfax.NormConstraint` is for the learning rate. `momentum` is a number or a schedule.")
+        if isinstance(momentum, NormConstraint | LossConstraint):
+            name = type(momentum).__name__
+            raise ValueError(f"`kfax.{name}` is for the learning rate. `momentum` is a number or a schedule.")
+        if isinstance(learning_rate, LossConstraint) and preconditioner.exponent != -1:
+            raise ValueError("`kfax.LossConstraint` needs an inverse: give the preconditioner an `exponent` of -1.")
         if isinstance(learning_rate, ProjectedMomentum):
             raise ValueError("`kfax.ProjectedMomentum` is for the momentum. `learning_rate` is a number or a schedule.")
         if isinstance(momentum, ProjectedMomentum) and preconditioner.exponent != -1:
             raise ValueError("`kfax.ProjectedMomentum` needs an inverse: give the preconditioner an `exponent` of -1.")
         self.loss_fn = loss_fn
-        self.learning_rate = _coefficient("learning_rate", learning_rate)
+        rate = _coefficient("learning_rate", learning_rate)
+        self.learning_rate = _constrained(rate) if preconditioner.exponent == -1 else rate
         self.momentum = _coefficient("momentum", momentum)
         if isinstance(learning_rate, QuadraticModel) and isinstance(momentum, QuadraticModel):
             if learning_rate != momentum:
@@ -156,6 +163,7 @@ class Optimizer(eqx.Module):
             velocity=zeros_like(parameters),
             preconditioner=self.preconditioner.init(model, parameters, self.frozen),
             was_undone=zeros_like(jax.ShapeDtypeStruct((), bool)),
+            losses=MovingAverage.zeros(jax.ShapeDtypeStruct((), jnp.result_type(float))),
         )
 
     @on_automatic_axes
@@ -178,7 +186,7 @@ class Optimizer(eqx.Module):
         - `batch`: passed to `loss_fn`. Its size may change from step to step (each size is compiled once).
         - `key`: for the estimator's source if it draws random numbers, and for `loss_fn` if it takes a key.
         - `model_state`: for `loss_fn`, if it takes one.
-        - `learning_rate`, `momentum`, `damping`: used in this step in place of what the optimizer would choose. A norm
+        - `learning_rate`, `momentum`, `damping`: used in this step in place of what the optimizer would choose. A
             constraint holds for the given learning rate too, and a relative damping is given in its own units.
 
         **Returns:** the next model, the next state, and a [`kfax.StepInfo`][].
@@ -339,7 +347,14 @@ class Optimizer(eqx.Module):
 _MAX_TRIALS = 100
 
 
+_RULES = QuadraticModel | NormConstraint | LossConstraint | ProjectedMomentum
+
+
+def _constrained(rate: Coefficient) -> Coefficient:
+    return rate if isinstance(rate, _RULES) else LossConstraint(rate)
+
+
 def _coefficient(name: str, value: Any) -> Coefficient:
-    if isinstance(value, QuadraticModel | NormConstraint | ProjectedMomentum) or callable(not_a_class(name, value)):
+    if isinstance(value, _RULES) or callable(not_a_class(name, value)):
         return value
     return within_closed_unit(name, value) if name == "momentum" else nonnegative(name, value)

@@ -1,4 +1,4 @@
-"""What keeps a step from going too far: a bound, a projection of the momentum, and the undoing of steps that failed."""
+"""What keeps a step from going too far: two bounds, a projection of the momentum, and the undoing of failed steps."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,51 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
-from .._math.scalars import nonnegative, positive, within_closed_unit
+from .._math.scalars import nonnegative, positive, positive_or_infinite, within_closed_unit
 from .._math.types import Scalar, Schedule
+
+
+class LossConstraint(eqx.Module):
+    r"""A learning rate that is lowered where the step would promise more than there is to be had of the loss.
+
+    $$\alpha' = \alpha \min\!\left(1, \frac{\mu \bar h}{\nabla h^\top P \nabla h}\right)$$
+
+    with P the preconditioner, $(\hat C + \lambda I)^{-1}$, and $\bar h$ the mean of the objective's absolute value over
+    all steps so far. By $\nabla h^\top P \nabla h$ a step of learning rate one promises to lower the loss, to first
+    order. For the exact curvature of a squared error that is at most twice the loss itself. Where it is more, the
+    curvature says too little of the loss: an outlier among small batches, an inverse that is old, a softmax that is
+    sure and wrong. It is there that training by numbers goes astray.
+
+    Does not depend on the unit of the loss, but on where its zero is: made for losses whose values say how far there is
+    to go, such as errors and negative log-likelihoods. Give surrogates, whose values mean nothing, a multiple of
+    infinity.
+
+    ??? cite "Source"
+        The bound on a step by what the loss can fall is that of Polyak 1987, "Introduction to Optimization", section
+        5.3, here with a mean in place of the present loss, in the metric of P, and as a limit only.
+    """
+
+    learning_rate: Scalar | Schedule
+    multiple: Scalar
+
+    def __init__(self, learning_rate: ArrayLike | Schedule, multiple: ArrayLike = 1.0):
+        """**Arguments:**
+
+        - `learning_rate`: α, a number or a schedule.
+        - `multiple`: μ > 0, of the mean loss, that a step of learning rate one may promise; infinity for a learning
+            rate that is taken as it is.
+
+        **Raises:** `ValueError` for values out of their range.
+        """
+        is_schedule = isinstance(learning_rate, Callable)
+        self.learning_rate = learning_rate if is_schedule else nonnegative("learning_rate", learning_rate)
+        self.multiple = positive_or_infinite("multiple", multiple)
+
+    def limit(self, learning_rate: Scalar, squared_norm: Scalar, mean_loss: Scalar) -> Scalar:
+        """α', for `s = ∇hᵀ P ∇h`."""
+        allowed = self.multiple * mean_loss
+        too_much = squared_norm > allowed
+        return learning_rate * jnp.where(too_much, allowed / jnp.where(too_much, squared_norm, 1), 1)
 
 
 class NormConstraint(eqx.Module):

@@ -7,6 +7,7 @@ import jax
 from jaxtyping import Array, Bool
 
 from .._layers import any_parameters_of, parts, to_matrices
+from .._math.moving_average import MovingAverage
 from .._math.tree import is_traced, norm
 from .._math.types import Counter, Model, Parameters, Scalar, Where
 from .preconditioner import PreconditionerState
@@ -23,6 +24,7 @@ class OptimizerState(eqx.Module):
     - `velocity`: the previous update of the parameters. [param]
     - `preconditioner`: the state of the estimator, with its inverses.
     - `was_undone`: whether the last step was.
+    - `losses`: the mean of the objective's absolute value over all steps whose batches were finite. [loss]
     """
 
     step: Counter
@@ -30,6 +32,7 @@ class OptimizerState(eqx.Module):
     velocity: Parameters
     preconditioner: PreconditionerState
     was_undone: Bool[Array, ""]
+    losses: MovingAverage
 
     @property
     def curvature(self) -> Any:
@@ -100,6 +103,7 @@ class StepInfo(eqx.Module):
     - `proposed_norm`: of the update that was proposed, whether the step was taken or not. [param]
     - `update_norm`: of the change of the parameters: that of the update, or zero. [param]
     - `learning_rate`, `momentum`: the coefficients that were used.
+    - `is_constrained`: whether a constraint lowered the learning rate.
     - `damping`: λ of this step. [loss/param²]
     - `predicted_change`: the change of the objective that the quadratic model predicts, with λ‖δ‖²/2 if the damping
         rule includes it. NaN on steps that had no use for it.
@@ -119,6 +123,7 @@ class StepInfo(eqx.Module):
     update_norm: Scalar
     learning_rate: Scalar
     momentum: Scalar
+    is_constrained: Bool[Array, ""]
     damping: Scalar
     predicted_change: Scalar
     reduction_ratio: Scalar

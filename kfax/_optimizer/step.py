@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from .._math.linalg import matmul
+from .._math.moving_average import MovingAverage
 from .._math.scalars import are_valid, nonnegative, positive, scheduled, within_closed_unit
 from .._math.tree import combine, cond, finite_or_zero, inner_products, select
 from .._math.types import Counter, Parameters, Scalar, Schedule
@@ -16,11 +17,11 @@ from .l2 import L2
 from .objective import Objective
 from .preconditioner import Preconditioner, PreconditionerState
 from .quadratic import Plane, QuadraticModel
-from .rescale import limit, NormConstraint, ProjectedMomentum, Rejection
+from .rescale import limit, LossConstraint, NormConstraint, ProjectedMomentum, Rejection
 from .state import layer_norms, OptimizerState, StepInfo, StepResult
 
 
-Coefficient = Scalar | Schedule | QuadraticModel | NormConstraint | ProjectedMomentum
+Coefficient = Scalar | Schedule | QuadraticModel | NormConstraint | LossConstraint | ProjectedMomentum
 
 
 class Overrides(eqx.Module):
@@ -83,6 +84,12 @@ class ProposedStep(eqx.Module):
     change: Scalar
     after: Scalar
     ratio: Scalar
+
+    @property
+    def is_constrained(self) -> Bool[Array, ""]:
+        """Whether the learning rate is less than what was given."""
+        given = self.settings.learning_rate
+        return jnp.zeros((), bool) if given is None else self.coefficients[0] < given
 
     def taken(self, accepted: Bool[Array, ""], keeps_velocity: Bool[Array, ""]) -> tuple[Parameters, Parameters]:
         """The update and the velocity after it, if it is accepted; or else zeros, and the old velocity or zeros.
@@ -159,7 +166,7 @@ class StepRules(eqx.Module):
             carried = combine((own,), (self.preconditioner.apply(preconditioner, carried, damped),))
         directions = (descent, carried)
         plane = objective.plane(directions)
-        coefficients, predicted = self._coefficients(objective, settings, damping, directions, plane, state.step)
+        coefficients, predicted = self._coefficients(objective, state, settings, damping, directions, plane)
         dtype, both = objective.loss.dtype, jnp.stack(coefficients)
         unknown = jnp.full((), jnp.nan, dtype)
 
@@ -232,6 +239,7 @@ class StepRules(eqx.Module):
             velocity=velocity,
             preconditioner=eqx.tree_at(lambda p: p.is_stale, proposed.preconditioner, stale),
             was_undone=jnp.where(is_good, undone, state.was_undone),
+            losses=select(is_good, with_loss(state.losses, objective.loss), state.losses),
         )
         vectors = (objective.problem.parameters, objective.gradient, proposed.directions[0])
         return (
@@ -255,6 +263,7 @@ class StepRules(eqx.Module):
                 update_norm=jnp.where(accepted, proposed.norm, 0),
                 learning_rate=proposed.coefficients[0],
                 momentum=proposed.coefficients[1],
+                is_constrained=proposed.is_constrained,
                 damping=proposed.damping,
                 predicted_change=proposed.change,
                 reduction_ratio=proposed.ratio,
@@ -267,19 +276,22 @@ class StepRules(eqx.Module):
     def _coefficients(
         self,
         objective: Objective,
+        state: OptimizerState,
         settings: Settings,
         damping: Scalar,
         directions: tuple[Parameters, Parameters],
         plane: Plane,
-        step: Counter,
     ) -> tuple[tuple[Scalar, Scalar], Scalar | None]:
         """Learning rate and momentum, and the change that the exact quadratic model predicts if it was asked."""
         learning_rate, momentum = settings.learning_rate, settings.momentum
         if learning_rate is not None and settings.bound is not None:
             learning_rate = limit(learning_rate, -plane.slopes[0], settings.bound)
+        if learning_rate is not None and isinstance(self.learning_rate, LossConstraint):
+            mean_loss = with_loss(state.losses, objective.loss).value
+            learning_rate = self.learning_rate.limit(learning_rate, -plane.slopes[0], mean_loss)
         if learning_rate is not None and momentum is not None:
             return (learning_rate, momentum), None
-        gram = objective.gram(self._model, directions, step)
+        gram = objective.gram(self._model, directions, state.step)
         coefficients = plane.minimize(gram, damping, learning_rate, momentum)
         both = jnp.stack(coefficients)
         return coefficients, plane.change(matmul(both, gram, both), both)
@@ -308,13 +320,18 @@ def _choose(
     """The coefficient's value in this step; `None` if the quadratic model is to choose it."""
     if given is not None:
         return given
-    if isinstance(coefficient, NormConstraint):
+    if isinstance(coefficient, NormConstraint | LossConstraint):
         coefficient = coefficient.learning_rate
     if isinstance(coefficient, ProjectedMomentum):
         coefficient = coefficient.momentum
     if isinstance(coefficient, QuadraticModel):
         return None
     return scheduled(name, coefficient, step, check) if callable(coefficient) else coefficient
+
+
+def with_loss(losses: MovingAverage, loss: Scalar) -> MovingAverage:
+    """The mean of absolute values, with one more."""
+    return losses.update(jnp.abs(loss).astype(losses.value.dtype), jnp.ones(()))
 
 
 def _first(*cases: tuple[Bool[Array, ""], StepResult]) -> StepResult:

@@ -44,8 +44,9 @@ def test_a_chain_is_the_optimizer(kind):
     damping = kfax.RelativeDamping(optax.exponential_decay(1.0, 1, 0.5))
     link = kfax.scale_by_curvature(case.loss_fn, damping=damping, preconditioner=preconditioner)
     found = run(optax.chain(link, optax.trace(0.9), optax.scale(-0.1)), case)
+    as_it_is = kfax.LossConstraint(0.1, jnp.inf)
     optimizer = kfax.Optimizer(
-        case.loss_fn, learning_rate=0.1, momentum=0.9, damping=damping, preconditioner=preconditioner
+        case.loss_fn, learning_rate=as_it_is, momentum=0.9, damping=damping, preconditioner=preconditioner
     )
     model, state = case.model, eqx.filter_jit(optimizer.init)(case.model, case.batch)
     for i in range(4):

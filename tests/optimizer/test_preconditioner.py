@@ -173,6 +173,32 @@ def test_the_norm_constraint_is_tight_where_it_is_active(active):
     _, model, state, _ = history[-1]
     *_, given = eqx.filter_jit(optimizer.step)(model, state, case.batch, key=jax.random.key(9), learning_rate=1e6)
     assert given.learning_rate < 1e6
+    assert history[0][3].is_constrained == active and given.is_constrained
+
+
+@grid(multiple=[0.1, None, jnp.inf])
+def test_no_step_promises_more_than_the_loss_has_to_give(multiple):
+    """With the mean of all losses so far, of finite batches only; a plain number has a multiple of one."""
+    case = make_case("mlp", "softmax")
+    rate = 0.3 if multiple is None else kfax.LossConstraint(0.3, multiple)
+    preconditioner = kfax.Preconditioner(EXACT, inverse_update_period=1)
+    optimizer = make(case.loss_fn, preconditioner, learning_rate=rate, damping=1e-6, momentum=0.0)
+    bad = jax.tree.map(lambda x: x * jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else x, case.batch)
+    losses, acted = [], []
+    for before, after, state, info in train(optimizer, case.model, [case.batch, bad, case.batch, case.batch]):
+        if info.result != kfax.StepResult.successful:
+            continue
+        theta, unravel, update = change(before, after)
+        gradient = gradient_at(case, theta, unravel)
+        natural = flat(EXACT.solve(state.curvature, unravel(gradient)))
+        losses.append(float(info.loss))
+        allowed = (1.0 if multiple is None else multiple) * jnp.mean(jnp.array(losses))
+        alpha = 0.3 * jnp.minimum(1, allowed / (gradient @ natural))
+        assert_close(info.learning_rate, alpha)
+        assert_close(update, -alpha * natural, tolerance=1e-8)  # differences of parameters
+        assert info.is_constrained == (gradient @ natural > allowed)
+        acted.append(bool(info.is_constrained))
+    assert len(losses) == 3 and any(acted) == (multiple != jnp.inf)
 
 
 def test_norms_of_single_layers():

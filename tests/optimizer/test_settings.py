@@ -50,6 +50,7 @@ SCHEDULES = {
     "damping": (lambda f: settings(damping=f), "damping", 0.0),
     "relative damping": (lambda f: settings(damping=kfax.RelativeDamping(f)), "damping", -1.0),
     "bound": (lambda f: settings(learning_rate=kfax.NormConstraint(0.1, f)), "bound", -1.0),
+    "by the loss": (lambda f: settings(learning_rate=kfax.LossConstraint(f)), "learning_rate", -0.1),
     "preconditioner": (lambda f: preconditioned(damping=f), "damping", -1.0),
 }
 
@@ -112,6 +113,7 @@ NUMBERS = {
     "l2": (lambda x: settings(l2=x), -1.0),
     "l2 of a part": (lambda x: settings(l2=kfax.L2(x, lambda model: model.layers[0])), -1.0),
     "bound": (lambda x: settings(learning_rate=kfax.NormConstraint(0.1, x)), 0.0),
+    "multiple of the loss": (lambda x: settings(learning_rate=kfax.LossConstraint(0.1, x)), 0.0),
     "tolerance": (lambda x: settings(rejection=kfax.Rejection(x)), -1.0),
     "decay": (lambda x: preconditioned(estimator=kfax.BlockDiagonalCurvature(decay=x)), 1.5),
     "decay of the matrix": (lambda x: preconditioned(estimator=kfax.ExplicitExactCurvature(decay=x)), 0.0),

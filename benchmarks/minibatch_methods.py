@@ -24,6 +24,8 @@ import kfax
 
 
 class LogUniform(NamedTuple):
+    """From low to high, evenly in the logarithm."""
+
     low: float
     high: float
 
@@ -32,6 +34,8 @@ class LogUniform(NamedTuple):
 
 
 class Choice(NamedTuple):
+    """One of several values."""
+
     values: tuple
 
     def __call__(self, uniform):

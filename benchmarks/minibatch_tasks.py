@@ -26,7 +26,8 @@ class Task:
     """A model with data.
 
     `steps` is the budget of all methods, `period` how many of them are between two evaluations, `size` the number of
-    training examples. Examples are mapped over the axis "batch".
+    training examples. Examples are mapped over the axis "batch". `is_scanned` says whether the steps between two
+    evaluations are one program: within a loop, XLA's convolutions take many times as long on a CPU.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Task:
     size: int
     train_set: tuple
     test_set: object
+    is_scanned = True
 
     def init(self, key):
         """The model and its state, which may be empty."""
@@ -117,7 +119,7 @@ class Digits(Classifier):
 class Convnet(Classifier):
     """Convolutions with batch normalization, whose state is threaded."""
 
-    name, steps, period = "convnet", 300, 10
+    name, steps, period, is_scanned = "convnet", 300, 10, False
 
     def init(self, key):
         model, model_state = eqx.nn.make_with_state(self.model)(key)

@@ -50,29 +50,35 @@ class Program:
             batch = task.batch(jnp.zeros(task.batch_size, int))
             return model, make(numbers)[0](model, batch, model_state), model_state
 
-        def advance(numbers, carry, indices, keys):
+        def one(numbers, carry, indices, key):
+            model, state, model_state = carry
+            model, state, model_state, loss = make(numbers)[1](model, state, task.batch(indices), model_state, key)
+            return (model, state, model_state), loss
+
+        @eqx.filter_jit
+        def scan(numbers, carry, indices, keys):
             arrays, rest = eqx.partition(carry, eqx.is_array)
-            step = make(numbers)[1]
 
-            def one(arrays, each):
-                model, state, model_state = eqx.combine(arrays, rest)
-                model, state, model_state, loss = step(model, state, task.batch(each[0]), model_state, each[1])
-                return eqx.filter((model, state, model_state), eqx.is_array), loss
+            def body(arrays, each):
+                carry, loss = one(numbers, eqx.combine(arrays, rest), *each)
+                return eqx.filter(carry, eqx.is_array), loss
 
-            arrays, losses = jax.lax.scan(one, arrays, (indices, keys), unroll=not task.is_scanned)
+            arrays, losses = jax.lax.scan(body, arrays, (indices, keys))
             return eqx.combine(arrays, rest), losses
 
-        self.start, self._scan = start, eqx.filter_jit(advance)
+        self.start, self.one, self.scan = start, eqx.filter_jit(one), scan
         self.measure = eqx.filter_jit(lambda carry: task.held_out_loss(carry[0], carry[2]))
 
     def advance(self, numbers, carry, indices, key):
         """Carry and mean training loss after a stretch of steps: in one program, or one for each step."""
-        length, losses = len(indices) if self.task.is_scanned else 1, []
-        keys = jax.random.split(key, len(indices))
-        for i in range(0, len(indices), length):
-            carry, loss = self._scan(numbers, carry, indices[i : i + length], keys[i : i + length])
-            losses.append(loss)
-        return carry, jnp.mean(jnp.concatenate(losses))
+        keys, losses = jax.random.split(key, len(indices)), []
+        if self.task.is_scanned:
+            carry, losses = self.scan(numbers, carry, indices, keys)
+        else:
+            for each in zip(indices, keys, strict=True):
+                carry, loss = self.one(numbers, carry, *each)
+                losses.append(loss)
+        return carry, jnp.mean(jnp.asarray(losses))
 
     def begin(self, numbers, seed, num_steps):
         """Numbers, the first carry, and what the steps up to each evaluation need: examples and a key."""

@@ -144,7 +144,7 @@ def kfax_stochastic(task, numbers, rate):
 
 
 WARMUP = {"warmup": Choice((0.02, 0.1, 0.3))}
-FIRST_ORDER = {"rate": LogUniform(1e-3, 3e-2), "weight_decay": LogUniform(1e-3, 1.0), **WARMUP}
+FIRST_ORDER = {"rate": LogUniform(3e-3, 6e-2), "weight_decay": LogUniform(1e-3, 1.0), **WARMUP}
 KFAC = {"rate": LogUniform(1e-2, 1.0), "damping": LogUniform(1e-3, 1.0), "l2": LogUniform(1e-6, 1e-3), **WARMUP}
 
 METHODS = {

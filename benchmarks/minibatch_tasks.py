@@ -119,7 +119,7 @@ class Digits(Classifier):
 class Convnet(Classifier):
     """Convolutions with batch normalization, whose state is threaded."""
 
-    name, steps, period, is_scanned = "convnet", 300, 10, False
+    name, steps, period, is_scanned = "convnet", 300, 15, False
 
     def init(self, key):
         model, model_state = eqx.nn.make_with_state(self.model)(key)

@@ -208,8 +208,14 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=11, help="of timing; with 0 the last timings are taken")
     parser.add_argument("--short", action=argparse.BooleanOptionalAction, default=True, help="also shortened schedules")
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results" / "minibatch")
+    parser.add_argument("--smoke", action="store_true", help="only a few steps, to see that it runs")
     options = parser.parse_args(arguments)
-    rows = [row for name in options.tasks for row in compare(TASKS[name](), options)]
+    tasks = [TASKS[name]() for name in options.tasks]
+    if options.smoke:
+        options.trials, options.seeds, options.rounds = 1, 2, 1
+        for task in tasks:
+            task.steps, task.period, task.batch_size = 10, 1, 8
+    rows = [row for task in tasks for row in compare(task, options)]
     print(minibatch_report.table(rows))
     minibatch_report.save(rows, options.results)
 

@@ -11,6 +11,7 @@ A variant of K-FAC is a function from the sampled numbers to a `kfax.Optimizer`,
 `numbers` are traced, and `rate` is a schedule of them: one program runs all trials.
 """
 
+import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -137,6 +138,14 @@ def muon(task, numbers, rate):
     )
 
 
+def kron(task, numbers, rate):
+    """PSGD with a Kronecker product for each matrix, in the form that whitens gradients; kernels as matrices."""
+    import psgdax
+
+    clipped = {"whiten_grad": True, "preconditioner_update_probability": 1.0}
+    return psgdax.kron(rate, weight_decay=numbers["weight_decay"], **clipped)
+
+
 def kfax_stochastic(task, numbers, rate):
     estimator = kfax.BlockDiagonalCurvature(example_axis="batch")
     damping, l2 = numbers["damping"], numbers["l2"]
@@ -145,6 +154,7 @@ def kfax_stochastic(task, numbers, rate):
 
 WARMUP = {"warmup": Choice((0.02, 0.1, 0.3))}
 FIRST_ORDER = {"rate": LogUniform(3e-3, 6e-2), "weight_decay": LogUniform(1e-3, 1.0), **WARMUP}
+WHITENED = {"rate": LogUniform(6e-4, 1.2e-2), "weight_decay": LogUniform(3e-3, 3.0), **WARMUP}
 KFAC = {"rate": LogUniform(1e-2, 1.0), "damping": LogUniform(1e-3, 1.0), "l2": LogUniform(1e-6, 1e-3), **WARMUP}
 
 METHODS = {
@@ -152,3 +162,5 @@ METHODS = {
     "muon": Method(from_optax(muon), FIRST_ORDER),
     "kfax": Method(from_kfax(kfax_stochastic), KFAC),
 }
+if importlib.util.find_spec("psgdax"):  # `pip install psgdax`
+    METHODS["kron"] = Method(from_optax(kron), WHITENED)

@@ -142,8 +142,11 @@ def kron(task, numbers, rate):
     """PSGD with a Kronecker product for each matrix, in the form that whitens gradients; kernels as matrices."""
     import psgdax
 
-    clipped = {"whiten_grad": True, "preconditioner_update_probability": 1.0}
-    return psgdax.kron(rate, weight_decay=numbers["weight_decay"], **clipped)
+    return optax.chain(
+        psgdax.scale_by_kron(whiten_grad=True, preconditioner_update_probability=1.0),
+        optax.add_decayed_weights(numbers["weight_decay"]),
+        optax.scale_by_learning_rate(rate),
+    )
 
 
 def kfax_stochastic(task, numbers, rate):

@@ -17,6 +17,7 @@ Each run is kept in `benchmarks/results/minibatch/`, so that the command may be 
 import argparse
 import bisect
 import json
+import math
 import os
 import pathlib
 import time
@@ -105,7 +106,7 @@ class Experiment:
     def __init__(self, task, name, folder):
         self.task, self.name, self.method, self._program = task, name, METHODS[name], None
         self.path = folder / f"{task.name}-{name}.json"
-        self.kept = json.loads(self.path.read_text()) if self.path.exists() else {"runs": {}}
+        self.runs = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     @property
     def program(self):
@@ -117,19 +118,16 @@ class Experiment:
         """A run with a schedule of this fraction of the budget, from the file if it is there with the same numbers."""
         num_steps = round(self.task.steps * fraction / self.task.period) * self.task.period
         key = f"{num_steps} of {self.task.steps} steps, seed {seed}, {json.dumps(numbers, sort_keys=True)}"
-        if key not in self.kept["runs"]:
+        if key not in self.runs:
             started = time.perf_counter()
-            self.kept["runs"][key] = self.program.run(numbers, seed, num_steps)
-            self.save()
-            last = self.kept["runs"][key]["held_out"][-1]
+            self.runs[key] = self.program.run(numbers, seed, num_steps)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.runs))
+            last = self.runs[key]["held_out"][-1]
             setting = ", ".join(f"{name} {x:.2g}" for name, x in numbers.items())
             head = f"{self.task.name}, {self.name}, {num_steps} steps, seed {seed}, {setting}"
             print(f"{head}: {last:.4f} in {time.perf_counter() - started:.1f} s", flush=True)
-        return self.kept["runs"][key]
-
-    def save(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.kept))
+        return self.runs[key]
 
     def last(self, numbers, seeds, fraction=1.0):
         """Held-out losses at the end."""
@@ -156,21 +154,32 @@ def _finite(losses):
 
 
 def time_steps(experiments, rounds):
-    """Seconds of a step of each, by medians of stretches that alternate; all in this process."""
+    """Seconds of a step of each method, by medians of stretches that alternate, all in this process."""
     begun = {}
-    for each in experiments:
+    for name, each in experiments.items():
         numbers, carry, stretches = each.program.begin(each.method.trials(1)[0], 0, 3 * each.task.period)
         for stretch in stretches[:2]:  # the first one is compiled
             carry, _ = jax.block_until_ready(each.program.advance(numbers, carry, *stretch))
-        begun[each.name] = (each.program.advance, numbers, carry, *stretches[2]), []
+        begun[name] = (each.program, numbers, carry, *stretches[2]), []
     for _ in range(rounds):
-        for (advance, *arguments), seconds in begun.values():
+        for (program, *arguments), seconds in begun.values():
             started = time.perf_counter()
-            jax.block_until_ready(advance(*arguments))
-            seconds.append((time.perf_counter() - started) / experiments[0].task.period)
-    for each in experiments:
-        each.kept["seconds"] = float(np.median(begun[each.name][1]))
-        each.save()
+            jax.block_until_ready(program.advance(*arguments))
+            seconds.append((time.perf_counter() - started) / program.task.period)
+    return {name: float(np.median(seconds)) for name, (_, seconds) in begun.items()}
+
+
+def seconds_of_steps(task, experiments, options):
+    """AdamW's last timing times the ratio of a method to it, from a process that timed both; NaN if none did."""
+    path = options.results / f"{task.name}-seconds.json"
+    kept = json.loads(path.read_text()) if path.exists() else {"adamw": math.nan, "ratios": {}}
+    if options.rounds:
+        found = time_steps(experiments, options.rounds)
+        kept["adamw"] = found["adamw"]
+        kept["ratios"] |= {name: seconds / found["adamw"] for name, seconds in found.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(kept))
+    return {name: kept["adamw"] * kept["ratios"].get(name, math.nan) for name in experiments}
 
 
 def compare(task, options):
@@ -178,9 +187,7 @@ def compare(task, options):
     experiments = {name: Experiment(task, name, options.results) for name in dict.fromkeys(["adamw", *options.methods])}
     seeds, adamw = range(options.seeds), experiments["adamw"]
     target = max(adamw.last(adamw.tune(options.trials), seeds))
-    if options.rounds:
-        time_steps(list(experiments.values()), options.rounds)
-    rows = []
+    seconds, rows = seconds_of_steps(task, experiments, options), []
     for name in options.methods:
         each = experiments[name]
         numbers = each.tune(options.trials)
@@ -191,7 +198,7 @@ def compare(task, options):
                 method=name,
                 target=target,
                 numbers=numbers,
-                seconds=each.kept.get("seconds", float("nan")),
+                seconds=seconds[name],
                 runs=[each.run(numbers, seed) for seed in seeds],
                 short_runs=[each.run(numbers, seed, fraction) for seed in seeds] if fraction else [],
             )

@@ -68,7 +68,8 @@ class Program:
             return eqx.combine(arrays, rest), losses
 
         self.start, self.one, self.scan = start, eqx.filter_jit(one), scan
-        self.measure = eqx.filter_jit(lambda carry: task.held_out_loss(carry[0], carry[2]))
+        measure = eqx.filter_jit(lambda carry, test_set: task.held_out_loss(carry[0], carry[2], test_set))
+        self.measure = lambda carry: measure(carry, task.test_set)  # which is no constant: these are folded
 
     def advance(self, numbers, carry, indices, key):
         """Carry and mean training loss after a stretch of steps: in one program, or one for each step."""

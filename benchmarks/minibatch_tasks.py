@@ -47,9 +47,9 @@ class Task:
         """Of training examples."""
         return jax.tree.map(lambda x: x[indices], self.train_set)
 
-    def held_out_loss(self, model, model_state):
+    def held_out_loss(self, model, model_state, test_set):
         """What methods are compared by."""
-        return self.loss_fn(eqx.nn.inference_mode(model), self.test_set, model_state)[0].value()
+        return self.loss_fn(eqx.nn.inference_mode(model), test_set, model_state)[0].value()
 
     def model(self, key):
         raise NotImplementedError

@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 import kfax
 
 
-L2, STRENGTHS = 1e-4, 10 ** np.arange(0, 3.6, 0.5, np.float32)
+L2, STRENGTHS = 1e-4, np.logspace(0, 3.5, 8, dtype=np.float32)
 BLOCKS = kfax.BlockDiagonalCurvature(kfax.ExactGGN(), decay=1.0)
 METHODS = {  # the block of each layer, and the estimator
     "diagonal": (kfax.Diagonal(), BLOCKS),

@@ -112,7 +112,7 @@ def plot(results, ticks, path):
             ax.plot(values, style, label=name)
         ax.set(xlabel="weights removed", ylabel="test accuracy", title=f"{num_steps} steps of training between rounds")
         ax.set_xticks(list(ticks), ticks.values())
-    ax.legend()
+    figure.axes[-1].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

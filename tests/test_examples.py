@@ -23,6 +23,8 @@ VARIANTS = {
     "heat": [[]],
     "influence": [[]],
     "laplace": [[]],
+    "pruning": [[]],
+    "continual": [[]],
     "optax_chain": [[]],
     "preconditioned_cg": [[]],
 }
@@ -40,6 +42,8 @@ PRINTED = {
     "heat": ("Gauss-Newton", "K-FAC", "Adam"),
     "influence": ("loss", "self-influence, K-FAC", "held-out accuracy"),
     "laplace": ("exact", "K-FAC", "log evidence", "in the gap"),
+    "pruning": ("magnitude", "OBD, diagonal", "OBS, K-FAC", "OBS, exact"),
+    "continual": ("no penalty", "diagonal", "K-FAC", "both at once"),
     "optax_chain": ("scale_by_curvature", "scale_by_adam"),
     "preconditioned_cg": ("no preconditioner", "diagonal", "exact damping"),
 }

@@ -255,7 +255,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         def of_no_example(key, part):
             block, shape = part.block, part.operation.shape()
             empty, given = block.slot(shape, 1, False), block.given(shape, state.average.value[key])
-            moment = block.second_moment(shape, empty.cotangents)
+            moment = block.second_moment(shape, empty.cotangents, given)
             return block.statistics(shape, empty.inputs, moment, None, 1, given)
 
         values = {key: of_no_example(key, part) for key, part in blocks_of(parameters, state.shapes).items()}
@@ -327,7 +327,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         def one(index):
             recorded = linearization.observe(column(source, losses, index, key))
             moments = {
-                key: part.block.second_moment(part.operation.shape(), recorded[key].cotangents)
+                key: part.block.second_moment(part.operation.shape(), recorded[key].cotangents, linearization.given[key])
                 for key, part in found.items()
             }
             return recorded, moments

@@ -65,7 +65,10 @@ class Block(eqx.Module):
 
     @abc.abstractmethod
     def given(self, shape: MatrixShape, statistics: Any) -> ArrayTree:
-        """What `record` finds in `use.given` of the statistics so far, or `None` if it needs nothing of them."""
+        """What `record` finds in `use.given` of the statistics so far, or `None` if it needs nothing of them.
+
+        Then they are `None` themselves where they are kept in parts ([`kfax.PlacedCurvature`][]).
+        """
 
     @abc.abstractmethod
     def slot(self, shape: MatrixShape, num_examples: int, is_only: bool) -> Recorded:

@@ -83,10 +83,11 @@ class WeightedProduct(ProductAlgebra):
     def counts_uses(self) -> bool:
         return True
 
-    def given(self, shape: MatrixShape, statistics: WeightedFactors) -> Weights:
+    def given(self, shape: MatrixShape, statistics: WeightedFactors | None) -> Weights:
         """The weights."""
         if not self.is_weighted:
             return None, None
+        assert statistics is not None
         ndim = len(shape.leading)
         return linalg.or_identity(statistics.left, ndim), linalg.or_identity(statistics.right, ndim)
 

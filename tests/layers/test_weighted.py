@@ -108,7 +108,25 @@ def test_factors_are_weighted_traces_of_the_exact_block(name, block):
     check_against(exact_matrix(case, case.plain, case.x, case.y), case.model, estimator, state, ".layer")
 
 
+class Reversed(eqx.Module):
+    """An embedding of which only the transpose is used."""
+
+    pair: eqx.nn.Shared
+    head: eqx.nn.Linear
+
+    def __init__(self):
+        keys = jax.random.split(jax.random.key(1), 3)
+        layers = eqx.nn.Embedding(5, 3, key=keys[0]), eqx.nn.Linear(3, 5, key=keys[1])
+        self.pair = eqx.nn.Shared(layers, where=lambda p: p[1].weight, get=lambda p: p[0].weight)
+        self.head = eqx.nn.Linear(5, 2, key=keys[2])
+
+    def __call__(self, x):
+        _, reverse = self.pair()
+        return self.head(jnp.tanh(reverse(x)))
+
+
 SCENARIOS = {
+    "reversed": Scenario(Reversed(), X),
     "once": Scenario(Once(), X),
     "once-weighted": Scenario(Once(), X, WEIGHTS),
     "twice": Scenario(Twice(), X),

@@ -153,7 +153,9 @@ def runner(block, period, rate, damping, data, number=300):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["updates", "steps"])
-    parser.add_argument("--only", default="", help="workloads of updates, blocks of steps: those with this in their name")
+    parser.add_argument(
+        "--only", default="", help="workloads of updates, blocks of steps: those with this in their name"
+    )
     parser.add_argument("--repeat", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()

@@ -228,6 +228,7 @@ BLOCKS = {
     "unit-wise": kfax.UnitWise(),
     "full": kfax.Full(),
     "tensor normal": kfax.TensorNormal(),
+    "likeliest": kfax.KLOptimal(),
     "identity": kfax.ScaledIdentity(),
 }
 

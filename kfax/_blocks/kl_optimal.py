@@ -17,15 +17,14 @@ class KLOptimal(WeightedProduct):
     D_n = \textstyle\sum_r g_{nr} \bar a_{nr}^\top$$
 
     with the inverse factors of the last refresh, damped as they are, as weights $W_G \propto G^{-1}$ and
-    $W_A \propto A^{-1}$. Before the first one they are the identity, and the block is [`kfax.TensorNormal`][], as it
-    remains for a large λ. Refreshes and updates in turn, on the same data and with a small λ, lead to the product P that
-    minimizes $\mathrm{tr}(P^{-1} C) + \log\det P$ for the exact block C: of normal distributions with mean zero and
-    these covariances the closest one, and the maximum likelihood of the gradients. An exact block that is a Kronecker
-    product is found at once, whatever the weights.
+    $W_A \propto A^{-1}$. Before the first one they are the identity, and the block is [`kfax.TensorNormal`][], which it
+    nearly remains with a λ above most eigenvalues. Refreshes and updates in turn, on the same data and with a small λ,
+    lead to the product P that minimizes $\mathrm{tr}(P^{-1} C) + \log\det P$ for the exact block C: of normal
+    distributions with mean zero and these covariances the closest one, and the maximum likelihood of the gradients. An
+    exact block that is a Kronecker product is found at once, whatever the weights.
 
-    This divergence is the same for a block and its inverse in any linear coordinates of inputs and outputs: small
-    eigenvalues count as much as large ones. With fewer examples than a side of V has numbers it is λ that keeps the
-    factors apart from singular ones.
+    This divergence is the same in any linear coordinates of inputs and outputs: small eigenvalues count as much as
+    large ones. With fewer examples than a side of V has numbers it is λ that keeps the factors apart from singular ones.
 
     Between two refreshes the weights stay as they are, so that the statistics of a data set are exact however it is
     split; after one the running average mixes statistics with different weights, until the old ones are forgotten.

@@ -5,7 +5,6 @@ import math
 from typing import TypeAlias
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -172,7 +171,7 @@ def _moments_of_rows(
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """The same for `D = Σ_r g āᵀ`."""
     left, right = weights
-    of_g, of_a = (_weighted(right_of, rows.mT).mT @ rows.mT for right_of, rows in ((left, g), (right, a)))
+    of_g, of_a = (linalg.matmul(_weighted(weight, rows.mT).mT, rows.mT) for weight, rows in ((left, g), (right, a)))
     return _moment(a, of_g, sizes.a_is_diagonal), _moment(g, of_a, sizes.g_is_diagonal)
 
 
@@ -189,14 +188,17 @@ def _moment(
 
 
 def _weighted(weight: Float[Array, "..."] | None, rows: Float[Array, "*leading n r d"]) -> Float[Array, "..."]:
-    """`W X_n`, with a dense or diagonal W for all examples, or one for each."""
+    """`W X_n`, with a dense or diagonal W for all examples, or one for each.
+
+    One for all is of the state, and may be as ill-conditioned as an inverse: hence at full precision.
+    """
     if weight is None:
         return rows
     if weight.ndim == rows.ndim:
         return weight @ rows
     if weight.ndim == rows.ndim - 2:
         return weight[..., None, :, None] * rows
-    return jnp.einsum("...rs,...nsd->...nrd", weight, rows)
+    return jnp.einsum("...rs,...nsd->...nrd", weight, rows, precision=linalg.PRECISION)
 
 
 def _as(number: Float[Array, "*leading"], factor: Float[Array, "..."]) -> Float[Array, "..."]:

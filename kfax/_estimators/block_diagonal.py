@@ -329,7 +329,9 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         def one(index):
             recorded = linearization.observe(column(source, losses, index, key))
             moments = {
-                key: part.block.second_moment(part.operation.shape(), recorded[key].cotangents, linearization.given[key])
+                key: part.block.second_moment(
+                    part.operation.shape(), recorded[key].cotangents, linearization.given[key]
+                )
                 for key, part in found.items()
             }
             return recorded, moments

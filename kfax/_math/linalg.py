@@ -56,8 +56,7 @@ def or_identity(factor: Float[Array, "..."] | None, ndim: int) -> Float[Array, "
 
 
 def inner(factor: Float[Array, "..."], other: Float[Array, "..."] | None, ndim: int) -> Float[Array, "*leading"]:
-    """`tr(X Y)` of two symmetric factors with `ndim` leading axes, both dense or both diagonal; `None` is the identity.
-    """
+    """`tr(X Y)` of symmetric factors with `ndim` leading axes, both dense or both diagonal; `None` is the identity."""
     if other is None:
         return jnp.sum(diagonal(factor, ndim), axis=-1)
     return jnp.sum(factor * other, axis=tuple(range(ndim, factor.ndim)))

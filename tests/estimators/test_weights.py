@@ -1,4 +1,4 @@
-"""Weights of blocks that measure with them: when they change, what stays, and that what is a product is found at once."""
+"""Weights of blocks that measure with them: when they change, and what they leave as it is."""
 
 import dataclasses
 import functools
@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 from block_cases import exact_blocks, update
 from cases import make_case
-from helpers import assert_close, flat, mlp, parameters
+from helpers import assert_close, mlp, parameters
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kfax
 
 
-BLOCKS = {"frobenius": kfax.FrobeniusOptimal(), "kl": kfax.KLOptimal(), "kl-eigh": kfax.KLOptimal(inversion=kfax.Eigh())}
+BLOCKS = {
+    "frobenius": kfax.FrobeniusOptimal(),
+    "kl": kfax.KLOptimal(),
+    "kl-eigh": kfax.KLOptimal(inversion=kfax.Eigh()),
+}
 ESTIMATOR = kfax.BlockDiagonalCurvature(kfax.ExactGGN(), example_axis="batch")
 
 

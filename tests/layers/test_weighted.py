@@ -4,8 +4,7 @@ These are made here from jacobians, as are the nearest products: by a singular v
 matrix, and by the alternating iteration for the maximum likelihood.
 """
 
-import dataclasses
-import functools
+import pathlib
 
 import equinox as eqx
 import jax
@@ -19,10 +18,10 @@ from reference import ggn, squared_loss
 from use_cases import Once, Padded, Scenario, Sharing, Twice, WEIGHTS, X
 
 import kfax
+from kfax._capture import Problem
 
 
 BLOCKS = {"tensor": kfax.TensorNormal(), "frobenius": kfax.FrobeniusOptimal(), "kl": kfax.KLOptimal()}
-KINDS = tuple(type(block) for block in BLOCKS.values())
 # Of `kfax.KLOptimal`, in units of the mean eigenvalue of the exact block.
 DAMPING = 0.01
 
@@ -50,12 +49,12 @@ def exact_matrix(case, plain, x, y, weights=None):
 
 
 def exact_blocks(exact, model, estimator, state, only=""):
-    """Each weighted block with the part of the exact matrix that is its own, `(matrices, d_g, d_a, d_g, d_a)`."""
+    """Each block with the part of the exact matrix that is its own, `(matrices, d_g, d_a, d_g, d_a)`."""
     p = kfax.parameters_of(model)
     flat, unravel = ravel_pytree(p)
     indices = kfax.to_matrices(unravel(jnp.arange(flat.size, dtype=flat.dtype)))
     for key, block in estimator.blocks(state, p).items():
-        if key.startswith(only) and isinstance(block.block, KINDS):
+        if key.startswith(only):
             shape = block.shape
             rows = indices[key].astype(int).reshape(shape.num_matrices, -1)
             own = jnp.stack([exact[i][:, i] for i in rows])
@@ -76,10 +75,12 @@ def restricted(factor, like, shape):
     return factor if is_dense else factor * jnp.eye(factor.shape[-1])
 
 
-def check_against(exact, model, estimator, state, only="", weighted=True):
+def check_against(exact, model, estimator, state, only=""):
     """The factors are the weighted traces of the exact block, and the block is their product."""
     number = 0
     for block, own in exact_blocks(exact, model, estimator, state, only):
+        if not isinstance(block.statistics, kfax.WeightedFactors):
+            continue
         shape, kept = block.shape, block.statistics
         left, right = as_matrices(kept.left, shape, shape.d_g), as_matrices(kept.right, shape, shape.d_a)
         a, g = jnp.einsum("kiajb,kij->kab", own, left), jnp.einsum("kiajb,kab->kij", own, right)
@@ -144,6 +145,20 @@ def test_however_often_a_layer_is_used(name):
     check_against(exact_matrix(case, case.model, case.x, y, case.weights), model, estimator, state)
 
 
+@pytest.mark.parametrize(("make", "keeps"), [(Once, {".head"}), (Twice, {".layer", ".stack"})])
+def test_layers_that_are_used_once_take_no_memory_for_each_example(make, keeps):
+    model = kfax.tag(make(), block=kfax.TensorNormal())
+    case, estimator = Scenario(model, X), kfax.BlockDiagonalCurvature(kfax.ExactGGN())
+    state = estimator.init(model)
+
+    def observe():
+        problem = Problem(case.loss_fn, model, (case.x, random(4, 4, 2)))
+        return estimator.linearize(problem, state).observe((jnp.ones((4, 2)),))
+
+    recorded = eqx.filter_eval_shape(observe)
+    assert {key for key, each in recorded.items() if not isinstance(each.cotangents, tuple)} == keeps
+
+
 # -- where it leads --
 
 
@@ -190,3 +205,53 @@ def test_passes_lead_to_the_maximum_likelihood(name, inversion):
     for block, own in exact_blocks(exact, case.model, estimator, state, ".layer"):
         expected = jax.vmap(likeliest)(own)
         assert_close(block.to_dense().reshape(expected.shape), expected, tolerance=1e-8)
+
+
+# -- as the documentation has it --
+
+
+# By place, and after how many passes; of those between, `test_eigenvalue_corrected.py` has the errors.
+COLUMNS = {
+    "K-FAC, `Expand()`": (1, kfax.KroneckerFactored(), 1),
+    "K-FAC, `Reduce()`": (3, kfax.KroneckerFactored(kfax.Reduce()), 1),
+    "`TensorNormal()`": (5, kfax.TensorNormal(), 1),
+    "`FrobeniusOptimal()`": (6, kfax.FrobeniusOptimal(), 60),
+    "`KLOptimal()`": (7, kfax.KLOptimal(), 60),
+}
+ROWS = {
+    "linear": "dense",
+    "linear-positions": "dense, at 2 positions",
+    "conv2d": "two-dimensional convolution",
+    "conv-transpose": "transposed convolution",
+    "embedding": "embedding",
+    "gru": "GRU cell",
+    "lstm": "LSTM cell",
+}
+
+
+def documented(row, column):
+    """The numbers of a layer and a block in both tables."""
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "choosing.md").read_text()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()]
+    place = COLUMNS[column][0]
+    assert [line[place] for line in lines if len(line) == 8 and line[0] == "layer"] == [column] * 2
+    return [line[place] for line in lines if len(line) == 8 and line[0] == ROWS[row]]
+
+
+@grid(thin=6, name=ROWS, column=COLUMNS)
+def test_distances_are_those_of_the_documentation(name, column):
+    _, block, number = COLUMNS[column]
+    case = LAYERS[name].build(block)
+    exact = exact_matrix(case, case.plain, case.x, case.y)
+    size = ravel_pytree(eqx.filter(case.plain.layer, eqx.is_inexact_array))[0].size
+    damping = DAMPING * float(jnp.trace(exact[:size, :size])) / size
+    estimator, state = passes(case.model, case.loss_fn, case.batch, damping, number)
+    error, norm, divergence = 0.0, 0.0, 0.0
+    for block, own in exact_blocks(exact, case.model, estimator, state, ".layer"):
+        own = own.reshape(len(own), -1, block.shape.d_g * block.shape.d_a)
+        found = block.to_dense().reshape(own.shape)
+        error, norm = error + jnp.sum((found - own) ** 2), norm + jnp.sum(own**2)
+        p, c = (matrix + damping * jnp.eye(own.shape[-1]) for matrix in (found, own))
+        logdets = jnp.linalg.slogdet(p)[1] - jnp.linalg.slogdet(c)[1]
+        divergence += jnp.sum(jnp.trace(jnp.linalg.solve(p, c), axis1=1, axis2=2) - own.shape[-1] + logdets) / 2
+    assert [f"{jnp.sqrt(error / norm):.2f}", f"{divergence / size:.2f}"] == documented(name, column)

@@ -227,7 +227,6 @@ BLOCKS = {
     "diagonal": kfax.Diagonal(),
     "unit-wise": kfax.UnitWise(),
     "full": kfax.Full(),
-    "tensor normal": kfax.TensorNormal(),
     "likeliest": kfax.KLOptimal(),
     "identity": kfax.ScaledIdentity(),
 }

@@ -24,7 +24,7 @@ class KLOptimal(WeightedProduct):
     exact block that is a Kronecker product is found at once, whatever the weights.
 
     This divergence is the same in any linear coordinates of inputs and outputs: small eigenvalues count as much as
-    large ones. With fewer examples than a side of V has numbers it is λ that keeps the factors apart from singular ones.
+    large ones. With fewer examples than a side of V has numbers λ keeps the factors apart from singular ones.
 
     Between two refreshes the weights stay as they are, so that the statistics of a data set are exact however it is
     split; after one the running average mixes statistics with different weights, until the old ones are forgotten.

@@ -12,10 +12,12 @@ from ._blocks import (
     Eigh as Eigh,
     Expand as Expand,
     FactorSizes as FactorSizes,
+    FrobeniusOptimal as FrobeniusOptimal,
     Full as Full,
     GradientBlock as GradientBlock,
     Inverse as Inverse,
     Inversion as Inversion,
+    KLOptimal as KLOptimal,
     KroneckerFactored as KroneckerFactored,
     KroneckerFactors as KroneckerFactors,
     KroneckerSum as KroneckerSum,
@@ -28,6 +30,7 @@ from ._blocks import (
     Spectrum as Spectrum,
     TensorNormal as TensorNormal,
     UnitWise as UnitWise,
+    WeightedFactors as WeightedFactors,
 )
 from ._capture import across as across, check as check, value as value
 from ._estimators import (

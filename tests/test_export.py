@@ -96,6 +96,7 @@ BLOCKS = {
         "expand": lambda inversion: kfax.KroneckerFactored(inversion=inversion),
         "reduce": lambda inversion: kfax.KroneckerFactored(kfax.Reduce(), inversion=inversion),
         "tensor": lambda inversion: kfax.TensorNormal(inversion=inversion),
+        "likeliest": lambda inversion: kfax.KLOptimal(inversion=inversion),
         "unit-wise": lambda inversion: kfax.UnitWise(inversion=inversion),
         "full": lambda inversion: kfax.Full(inversion=inversion),
     }.items()

@@ -227,7 +227,7 @@ BLOCKS = {
     "diagonal": kfax.Diagonal(),
     "unit-wise": kfax.UnitWise(),
     "full": kfax.Full(),
-    "tensor normal": kfax.TensorNormal(),
+    "likeliest": kfax.KLOptimal(),
     "identity": kfax.ScaledIdentity(),
 }
 

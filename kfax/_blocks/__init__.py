@@ -1,5 +1,6 @@
 from .base import Block as Block, BlockState as BlockState, ProductBlock as ProductBlock, Recorded as Recorded
 from .eigenvalue_corrected import CorrectedFactors as CorrectedFactors, EigenvalueCorrected as EigenvalueCorrected
+from .frobenius_optimal import FrobeniusOptimal as FrobeniusOptimal
 from .gradients import (
     Diagonal as Diagonal,
     Full as Full,
@@ -7,6 +8,7 @@ from .gradients import (
     ScaledIdentity as ScaledIdentity,
     UnitWise as UnitWise,
 )
+from .kl_optimal import KLOptimal as KLOptimal
 from .kronecker import KroneckerFactored as KroneckerFactored
 from .kronecker_sum import KroneckerSum as KroneckerSum
 from .pieces import (
@@ -37,3 +39,4 @@ from .sharing import (
     Sharing as Sharing,
 )
 from .tensor_normal import TensorNormal as TensorNormal
+from .weighted import WeightedFactors as WeightedFactors

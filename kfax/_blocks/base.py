@@ -65,7 +65,10 @@ class Block(eqx.Module):
 
     @abc.abstractmethod
     def given(self, shape: MatrixShape, statistics: Any) -> ArrayTree:
-        """What `record` finds in `use.given` of the statistics so far, or `None` if it needs nothing of them."""
+        """What `record` finds in `use.given` of the statistics so far, or `None` if it needs nothing of them.
+
+        Then they are `None` themselves where they are kept in parts ([`kfax.PlacedCurvature`][]).
+        """
 
     @abc.abstractmethod
     def slot(self, shape: MatrixShape, num_examples: int, is_only: bool) -> Recorded:
@@ -81,7 +84,7 @@ class Block(eqx.Module):
         """
 
     @abc.abstractmethod
-    def second_moment(self, shape: MatrixShape, cotangents: ArrayTree) -> ArrayTree:
+    def second_moment(self, shape: MatrixShape, cotangents: ArrayTree, given: ArrayTree) -> ArrayTree:
         """What `Recorded.cotangents`, complete over all uses, contributes: to be summed over several cotangents."""
 
     @abc.abstractmethod
@@ -166,8 +169,8 @@ class Block(eqx.Module):
         """Floating-point operations of the statistics of one row (an example at a position), to leading order."""
 
 
-class ProductBlock(Block):
-    """A block that is a Kronecker product, or several of them in a stack: its algebra follows from its `product`.
+class ProductAlgebra(Block):
+    """The algebra of a block that is a Kronecker product, or several of them in a stack: it follows from `product`.
 
     **Fields:**
 
@@ -187,13 +190,6 @@ class ProductBlock(Block):
     def zeros(self, shape: MatrixShape) -> Any:
         """Statistics of zeros."""
 
-    @property
-    def counts_uses(self) -> bool:
-        return False
-
-    def given(self, shape: MatrixShape, statistics: Any) -> None:
-        return None
-
     def init(self, shape: MatrixShape) -> BlockState:
         statistics, one = self.zeros(shape), jnp.ones(())
         # Without curvature these are the identity, or zeros if it is about to be diagonalized.
@@ -212,9 +208,6 @@ class ProductBlock(Block):
 
     def refresh(self, shape: MatrixShape, statistics: Any, damping: Scalar, results: tuple[Any, ...]) -> Inverse:
         return self.inversion.finish(self.product(shape, statistics), damping, results)
-
-    def rebase(self, shape: MatrixShape, statistics: Any, inverse: Inverse) -> Any:
-        return statistics
 
     def redamp(self, shape: MatrixShape, statistics: Any, inverse: Inverse, damping: Scalar) -> Inverse:
         return inverse.redamp(damping)
@@ -237,7 +230,28 @@ class ProductBlock(Block):
         return self.product(shape, statistics).to_dense()
 
 
-def describe(block: ProductBlock, *options: Any) -> str:
+class ProductBlock(ProductAlgebra):
+    """A block that is a Kronecker product, or several of them in a stack: its algebra follows from its `product`.
+
+    What it measures of a batch depends on that batch alone.
+
+    **Fields:**
+
+    - `inversion`: how it is inverted.
+    """
+
+    @property
+    def counts_uses(self) -> bool:
+        return False
+
+    def given(self, shape: MatrixShape, statistics: Any) -> None:
+        return None
+
+    def rebase(self, shape: MatrixShape, statistics: Any, inverse: Inverse) -> Any:
+        return statistics
+
+
+def describe(block: ProductAlgebra, *options: Any) -> str:
     """A block as in a call: with its options, and its inversion if that was chosen."""
     is_chosen = "inversion" in {field.name for field in dataclasses.fields(block)}
     if is_chosen and not isinstance(block.inversion, Cholesky):

@@ -9,10 +9,10 @@ from jaxtyping import Array, Float
 from .._math import linalg
 from .._math.tree import Summarized
 from .._math.types import ArrayTree, Scalar
-from .._operations import FactoredOperation, MatrixShape, Operation
+from .._operations import MatrixShape, Operation
 from .._slot import Use
 from .base import Block, BlockState, Recorded
-from .kronecker import check_factored, check_factoring, KroneckerFactored
+from .kronecker import check_factored, check_factoring, KroneckerFactored, rows_of
 from .product import Eigh, Inverse, Product, SpectralInverse, Spectrum
 from .sharing import Expand, KroneckerFactors, Sharing
 
@@ -108,7 +108,7 @@ class EigenvalueCorrected(Block):
     def record(self, shape: MatrixShape, operation: Operation, use: Use) -> Recorded:
         operation = check_factored(self, operation)
         factors = self._factored.record(shape, operation, use)
-        a, g = _rows(shape, operation, use)
+        a, g = rows_of(shape, operation, use)
         if use.is_only and a.shape[-2] == 1:
             gradients = _squares_of_products(use.given, a, g)
         else:
@@ -116,11 +116,11 @@ class EigenvalueCorrected(Block):
             gradients = _sum_of_squares(gradients) if use.is_only else gradients
         return Recorded(factors.inputs, (factors.cotangents, gradients))
 
-    def second_moment(self, shape: MatrixShape, cotangents: ArrayTree) -> ArrayTree:
+    def second_moment(self, shape: MatrixShape, cotangents: ArrayTree, given: ArrayTree) -> ArrayTree:
         factors, gradients = cotangents
         has_examples = gradients.ndim > len(shape.leading) + 2
         squares = _sum_of_squares(gradients) if has_examples else gradients
-        return self._factored.second_moment(shape, factors), squares
+        return self._factored.second_moment(shape, factors, None), squares
 
     def statistics(
         self,
@@ -211,22 +211,8 @@ class EigenvalueCorrected(Block):
 
 def _bases(statistics: CorrectedFactors) -> Bases:
     """The bases, the identity for zeros."""
-
-    def one(basis):
-        if basis is None:
-            return None
-        is_known = jnp.any(basis != 0, axis=(-2, -1), keepdims=True)
-        return jnp.where(is_known, basis, jnp.eye(basis.shape[-1], dtype=basis.dtype))
-
-    return one(statistics.left), one(statistics.right)
-
-
-def _rows(
-    shape: MatrixShape, operation: FactoredOperation, use: Use
-) -> tuple[Float[Array, "*groups n r d_a"], Float[Array, "*groups n r d_g"]]:
-    """ā and g of one use."""
-    a, g = (rows.astype(shape.statistics_dtype) for rows in (operation.inputs(use.x), operation.cotangents(use.dy)))
-    return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, shape.d_a - a.shape[-1])]), g  # a bias that this use has not
+    left, right, ndim = statistics.left, statistics.right, statistics.values.ndim - 2
+    return linalg.or_identity(left, ndim), linalg.or_identity(right, ndim)
 
 
 def _turned(rows: Float[Array, "*groups n r d"], basis: Array | None) -> Float[Array, "*groups n r d"]:

@@ -27,18 +27,12 @@ class GradientBlock(ProductBlock):
         return False
 
     def slot(self, shape: MatrixShape, num_examples: int, is_only: bool) -> Recorded:
-        dims = (*shape.leading, num_examples, shape.d_g, shape.d_a)
-        return Recorded((), jnp.zeros(dims, shape.statistics_dtype))
+        return Recorded((), no_gradients(shape, num_examples))
 
     def record(self, shape: MatrixShape, operation: Operation, use: Use) -> Recorded:
-        def one(x, dy):
-            gradient = operation.gradient(x, dy, use.context).astype(shape.statistics_dtype)
-            missing = shape.d_a - gradient.shape[-1]
-            return jnp.pad(gradient, [(0, 0)] * (gradient.ndim - 1) + [(0, missing)])
+        return Recorded((), gradients_of(shape, operation, use))
 
-        return Recorded((), jax.vmap(one, out_axes=len(shape.groups))(use.x, use.dy))
-
-    def second_moment(self, shape: MatrixShape, cotangents: ArrayTree) -> ArrayTree:
+    def second_moment(self, shape: MatrixShape, cotangents: ArrayTree, given: ArrayTree) -> ArrayTree:
         return self.squares(shape, cotangents)
 
     def statistics(
@@ -60,6 +54,22 @@ class GradientBlock(ProductBlock):
     @abc.abstractmethod
     def squares(self, shape: MatrixShape, gradients: Float[Array, "*leading n d_g d_a"]) -> ArrayTree:
         """What is kept of the products of the gradients' entries, summed over examples: an array, or several."""
+
+
+def no_gradients(shape: MatrixShape, num_examples: int) -> Float[Array, "*leading n d_g d_a"]:
+    """Zeros for the gradients of examples, complete over all uses."""
+    return jnp.zeros((*shape.leading, num_examples, shape.d_g, shape.d_a), shape.statistics_dtype)
+
+
+def gradients_of(shape: MatrixShape, operation: Operation, use: Use) -> Float[Array, "*groups n d_g d_a"]:
+    """The gradients of examples, as far as they are due to one use."""
+
+    def one(x, dy):
+        gradient = operation.gradient(x, dy, use.context).astype(shape.statistics_dtype)
+        missing = shape.d_a - gradient.shape[-1]  # a bias that this use has not
+        return jnp.pad(gradient, [(0, 0)] * (gradient.ndim - 1) + [(0, missing)])
+
+    return jax.vmap(one, out_axes=len(shape.groups))(use.x, use.dy)
 
 
 class ScaledIdentity(GradientBlock):

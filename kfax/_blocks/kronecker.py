@@ -71,7 +71,7 @@ class KroneckerFactored(ProductBlock):
             )
         return self.sharing.record(factor_sizes(shape, self.max_dim), check_factored(self, operation), use)
 
-    def second_moment(self, shape: MatrixShape, cotangents: ArrayTree) -> ArrayTree:
+    def second_moment(self, shape: MatrixShape, cotangents: ArrayTree, given: ArrayTree) -> ArrayTree:
         return self.sharing.second_moment(factor_sizes(shape, self.max_dim), cotangents)
 
     def statistics(
@@ -91,22 +91,17 @@ class KroneckerFactored(ProductBlock):
         return shape.over_matrices(one)(inputs, second_moment)
 
     def zeros(self, shape: MatrixShape) -> KroneckerFactors:
-        dtype, sizes = shape.statistics_dtype, factor_sizes(shape, self.max_dim)
-        a, g = (jnp.zeros((*shape.leading, *size), dtype) for size in (sizes.a, sizes.g))
-        return KroneckerFactors(a, g, jnp.zeros(shape.leading, dtype))
+        a, g = factor_sizes(shape, self.max_dim).zeros()
+        return KroneckerFactors(a, g, jnp.zeros(shape.leading, shape.statistics_dtype))
 
     def product(self, shape: MatrixShape, statistics: KroneckerFactors) -> Product:
         return Product(per_position(statistics), statistics.a, len(shape.leading))
 
     def refresh_flops(self, shape: MatrixShape) -> int:
-        sizes = factor_sizes(shape, self.max_dim)
-        flops = [self.inversion.refresh_flops(size[0]) if len(size) == 2 else size[0] for size in (sizes.a, sizes.g)]
-        return shape.num_matrices * sum(flops)
+        return refresh_flops(factor_sizes(shape, self.max_dim), self.inversion)
 
     def solve_flops(self, shape: MatrixShape) -> int:
-        sizes = factor_sizes(shape, self.max_dim)
-        lengths = [size[0] if len(size) == 2 else 1 for size in (sizes.a, sizes.g)]
-        return 2 * shape.num_parameters * sum(lengths) * self.inversion.num_products
+        return solve_flops(factor_sizes(shape, self.max_dim), self.inversion)
 
     def update_flops(self, shape: MatrixShape) -> int:
         sizes = factor_sizes(shape, self.max_dim)
@@ -118,9 +113,13 @@ class KroneckerFactored(ProductBlock):
 def check_factoring(sharing: Sharing, max_dim: int) -> tuple[Sharing, int]:
     if not isinstance(sharing, Sharing):
         raise ValueError(f"`sharing` must be `kfax.Expand()` or `kfax.Reduce()`, got {sharing!r}.")
+    return sharing, check_max_dim(max_dim)
+
+
+def check_max_dim(max_dim: int) -> int:
     if max_dim < 0:
         raise ValueError(f"`max_dim` is the size of a matrix, got {max_dim}.")
-    return sharing, max_dim
+    return max_dim
 
 
 def check_factored(block: Block, operation: Operation) -> FactoredOperation:
@@ -133,6 +132,14 @@ def check_factored(block: Block, operation: Operation) -> FactoredOperation:
     return operation
 
 
+def rows_of(
+    shape: MatrixShape, operation: FactoredOperation, use: Use
+) -> tuple[Float[Array, "*groups n r d_a"], Float[Array, "*groups n r d_g"]]:
+    """ā and g of one use."""
+    a, g = (rows.astype(shape.statistics_dtype) for rows in (operation.inputs(use.x), operation.cotangents(use.dy)))
+    return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, shape.d_a - a.shape[-1])]), g  # a bias that this use has not
+
+
 def factor_sizes(shape: MatrixShape, max_dim: int) -> FactorSizes:
     return FactorSizes(shape, shape.one_hot or shape.d_a > max_dim, shape.d_g > max_dim)
 
@@ -141,3 +148,14 @@ def per_position(statistics: KroneckerFactors) -> Float[Array, "..."]:
     """`G / R`."""
     positions = jnp.where(statistics.positions > 0, statistics.positions, 1)
     return statistics.g / positions.reshape(*positions.shape, *(1,) * (statistics.g.ndim - positions.ndim))
+
+
+def refresh_flops(sizes: FactorSizes, inversion: Inversion) -> int:
+    """Of two factors, for each matrix."""
+    flops = [inversion.refresh_flops(size[0]) if len(size) == 2 else size[0] for size in (sizes.a, sizes.g)]
+    return sizes.shape.num_matrices * sum(flops)
+
+
+def solve_flops(sizes: FactorSizes, inversion: Inversion) -> int:
+    lengths = [size[0] if len(size) == 2 else 1 for size in (sizes.a, sizes.g)]
+    return 2 * sizes.shape.num_parameters * sum(lengths) * inversion.num_products

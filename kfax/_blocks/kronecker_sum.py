@@ -76,7 +76,7 @@ class KroneckerSum(Block):
         new = self.sharing.record(direct, check_factored(self, operation), use)
         return Recorded((new.inputs, unused.inputs[1]), (new.cotangents, unused.cotangents[1]))
 
-    def second_moment(self, shape: MatrixShape, cotangents: ArrayTree) -> ArrayTree:
+    def second_moment(self, shape: MatrixShape, cotangents: ArrayTree, given: ArrayTree) -> ArrayTree:
         pairs = zip(self._sizes(shape), cotangents, strict=True)
         return tuple(self.sharing.second_moment(sizes, part) for sizes, part in pairs)
 

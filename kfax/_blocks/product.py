@@ -263,6 +263,10 @@ class ProductInverse(Inverse, Summarized):
         factors = [factor for factor in (left, right) if factor is not None]
         return [factor if linalg.is_diagonal(factor, ndim) else factor[..., 0, 0] for factor in factors]
 
+    def factors(self) -> tuple[Float[Array, "..."] | None, Float[Array, "..."]]:
+        """Both inverse factors, left and right."""
+        return self.product.left, self.product.right
+
     def solve(self, vector: Float[Array, "..."]) -> Float[Array, "..."]:
         return self.product.multiply(vector)
 
@@ -275,6 +279,18 @@ class SpectralInverse(Inverse):
 
     spectrum: Spectrum
     damping: Scalar
+
+    def factors(self) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """Both inverse factors, left and right, up to scale: of a product of two, with factored damping."""
+        values = self.spectrum.values
+        mean, ndim = jnp.mean(values, axis=(-2, -1)), values.ndim - 2
+        left = jnp.mean(values, axis=-1) / jnp.where(mean > 0, mean, 1)[..., None]
+        right, left = linalg.damp_factors(jnp.mean(values, axis=-2), left, self.damping, ndim)
+
+        def inverse(values, vectors):
+            return 1 / values if vectors is None else linalg.matmul(vectors / values[..., None, :], vectors.mT)
+
+        return inverse(left, self.spectrum.left), inverse(right, self.spectrum.right)
 
     def solve(self, vector: Float[Array, "..."]) -> Float[Array, "..."]:
         return self.spectrum.power(vector, -1, self.damping)

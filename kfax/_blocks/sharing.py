@@ -56,6 +56,11 @@ class FactorSizes(eqx.Module):
         """The shape of G."""
         return (self.shape.d_g,) if self.g_is_diagonal else (self.shape.d_g, self.shape.d_g)
 
+    def zeros(self) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """A and G of nothing, `(*leading, ...)`."""
+        a, g = (jnp.zeros((*self.shape.leading, *size), self.shape.statistics_dtype) for size in (self.a, self.g))
+        return a, g
+
 
 class Sharing(eqx.Module):
     """How a layer's uses at several positions of one example enter its two factors."""
@@ -109,9 +114,8 @@ class Expand(Sharing):
 
     def slot(self, sizes: FactorSizes, num_examples: int) -> Recorded:
         del num_examples
-        shape, dtype = sizes.shape, sizes.shape.statistics_dtype
-        a, g = (jnp.zeros((*shape.leading, *size), dtype) for size in (sizes.a, sizes.g))
-        return Recorded((a, jnp.zeros(shape.leading, dtype)), g)
+        a, g = sizes.zeros()
+        return Recorded((a, jnp.zeros(sizes.shape.leading, a.dtype)), g)
 
     def record(self, sizes: FactorSizes, operation: FactoredOperation, use: Use) -> Recorded:
         shape, dtype, weights = sizes.shape, sizes.shape.statistics_dtype, _row_weights(use)

@@ -1,14 +1,15 @@
-"""A Kronecker product made of the gradients of single examples."""
+"""The Kronecker product with the traces of the exact block."""
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from typing import ClassVar
 
-from .._operations import MatrixShape
-from .gradients import GradientBlock
-from .product import check_inversion, Cholesky, Inversion, Product
+import equinox as eqx
+
+from .kronecker import check_max_dim
+from .product import check_inversion, Cholesky, Inverse, Inversion
+from .weighted import WeightedFactors, WeightedProduct, Weights
 
 
-class TensorNormal(GradientBlock):
+class TensorNormal(WeightedProduct):
     r"""The Kronecker product with the trace and both partial traces of the exact block.
 
     $$\frac{G \otimes A}{\mathrm{tr}\, A}, \quad A = \tfrac1N \sum_n D_n^\top D_n, \quad
@@ -17,47 +18,35 @@ class TensorNormal(GradientBlock):
     $\mathrm{tr}\, A = \mathrm{tr}\, G$ is the trace of the exact block, and A and G are the sums of its diagonal blocks
     of either kind. [`kfax.KroneckerFactored`][] has none of the three where inputs and cotangents are correlated: here
     examples with large cotangents count more in A, and those with large inputs more in G. For any operation, and
-    however often a layer is used. Both factors are dense.
+    however often a layer is used.
 
-    Memory: `2 (d_a² + d_g²)` numbers, and one for each parameter and example during an update. An update takes about
-    `2 d_a d_g (d_a + d_g)` flops for each example, a refresh `2 (d_a³ + d_g³)`, a solve `2 d_a d_g (d_a + d_g)`.
+    A factor is diagonal, with the diagonal of the partial trace, on the side of an embedding's entries, and where its
+    side of V is longer than `max_dim`.
+
+    Memory: `2 (d_a² + d_g²)` numbers; and one for each parameter and example, during an update if the layer is called
+    more than once or not known to be called once, and otherwise while its statistics are made, unless it has few
+    positions. An update takes about `2 (d_a² + d_g²)` flops for each example of a layer that is used once at one
+    position, at most `2 d_a d_g (d_a + d_g)` otherwise; a refresh `2 (d_a³ + d_g³)`, a solve `2 d_a d_g (d_a + d_g)`.
 
     ??? cite "Source"
         Ren & Goldfarb 2021, arXiv:2106.02925 (TNT); Gao et al. 2020, arXiv:2011.10741 (trace-restricted K-FAC).
         Differs: by the gradients of whole examples, summed over positions.
     """
 
+    is_weighted: ClassVar[bool] = False
+    max_dim: int = eqx.field(static=True)
     inversion: Inversion
 
-    def __init__(self, *, inversion: Inversion = Cholesky()):
+    def __init__(self, *, max_dim: int = 4096, inversion: Inversion = Cholesky()):
         """**Arguments:**
 
+        - `max_dim`: as for [`kfax.KroneckerFactored`][].
         - `inversion`: [`kfax.Cholesky`][]`()` for factored damping, or [`kfax.Eigh`][]`()` for exact damping, which may
             change without a refresh.
 
         **Raises:** `ValueError` for something else than that.
         """
-        self.inversion = check_inversion(inversion)
+        self.max_dim, self.inversion = check_max_dim(max_dim), check_inversion(inversion)
 
-    def squares(
-        self, shape: MatrixShape, gradients: Float[Array, "*leading n d_g d_a"]
-    ) -> tuple[Float[Array, "*leading d_a d_a"], Float[Array, "*leading d_g d_g"]]:
-        columns = jnp.einsum("...nij,...nik->...jk", gradients, gradients)
-        rows = jnp.einsum("...nij,...nkj->...ik", gradients, gradients)
-        return columns, rows
-
-    def product(
-        self, shape: MatrixShape, statistics: tuple[Float[Array, "*leading d_a d_a"], Float[Array, "*leading d_g d_g"]]
-    ) -> Product:
-        a, g = statistics
-        trace = jnp.trace(a, axis1=-2, axis2=-1)[..., None, None]
-        return Product(g / jnp.where(trace > 0, trace, 1), a, len(shape.leading))
-
-    def refresh_flops(self, shape: MatrixShape) -> int:
-        return shape.num_matrices * sum(self.inversion.refresh_flops(size) for size in (shape.d_a, shape.d_g))
-
-    def solve_flops(self, shape: MatrixShape) -> int:
-        return 2 * shape.num_parameters * (shape.d_a + shape.d_g) * self.inversion.num_products
-
-    def update_flops(self, shape: MatrixShape) -> int:
-        return 2 * shape.num_parameters * (shape.d_a + shape.d_g)
+    def weights(self, statistics: WeightedFactors, inverse: Inverse) -> Weights:
+        return None, None

@@ -157,7 +157,8 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         - `only`: keys of the blocks to be refreshed; all if not given.
 
         **Returns:** the state with new inverses, and with the statistics of [`kfax.EigenvalueCorrected`][] blocks in
-        their new bases. Matrices of one size, of whatever layers, are inverted in one call.
+        their new bases, those of [`kfax.FrobeniusOptimal`][] and [`kfax.KLOptimal`][] with their new weights. Matrices
+        of one size, of whatever layers, are inverted in one call.
         """
         found, dampings = _by_key(state, parameters, damping)
         values, chosen = state.average.value, found if only is None else {key: found[key] for key in only}
@@ -237,12 +238,13 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         return _with(state, state.average.value, {key: one(key, part) for key, part in found.items()})
 
     def restart(self, state: BlockDiagonalState, parameters: Parameters) -> BlockDiagonalState:
-        """Forgets all batches, but not the eigenbases of [`kfax.EigenvalueCorrected`][] blocks, nor any inverse.
+        """Forgets all batches, but not the eigenbases and weights that blocks measure with, nor any inverse.
 
-        For a second pass over the same data, after a refresh: what is taken in then is measured in the eigenbases of
-        all that was taken in before, so that `eigenvalues` are exactly the diagonal of `UᵀFU`, with F the exact blocks
-        and U the eigenbases. [`redamp`][kfax.BlockDiagonalCurvature.redamp] lets `solve` have them. Other blocks gain
-        nothing by a second pass.
+        For a second pass over the same data, after a refresh. [`kfax.EigenvalueCorrected`][]: what is taken in then is
+        measured in the eigenbases of all that was taken in before, so that `eigenvalues` are exactly the diagonal of
+        `UᵀFU`, with F the exact blocks and U the eigenbases. [`redamp`][kfax.BlockDiagonalCurvature.redamp] lets
+        `solve` have them. [`kfax.FrobeniusOptimal`][] and [`kfax.KLOptimal`][]: each further pass is one more step of
+        the iteration to the best product. Other blocks gain nothing.
 
         **Arguments:**
 
@@ -255,7 +257,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         def of_no_example(key, part):
             block, shape = part.block, part.operation.shape()
             empty, given = block.slot(shape, 1, False), block.given(shape, state.average.value[key])
-            moment = block.second_moment(shape, empty.cotangents)
+            moment = block.second_moment(shape, empty.cotangents, given)
             return block.statistics(shape, empty.inputs, moment, None, 1, given)
 
         values = {key: of_no_example(key, part) for key, part in blocks_of(parameters, state.shapes).items()}
@@ -327,7 +329,9 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         def one(index):
             recorded = linearization.observe(column(source, losses, index, key))
             moments = {
-                key: part.block.second_moment(part.operation.shape(), recorded[key].cotangents)
+                key: part.block.second_moment(
+                    part.operation.shape(), recorded[key].cotangents, linearization.given[key]
+                )
                 for key, part in found.items()
             }
             return recorded, moments

@@ -11,7 +11,17 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .._blocks import costs_of, EigenvalueCorrected, groups_of, immovable, Kinds, Piece, pieces_of
+from .._blocks import (
+    costs_of,
+    EigenvalueCorrected,
+    FrobeniusOptimal,
+    groups_of,
+    immovable,
+    Kinds,
+    KLOptimal,
+    Piece,
+    pieces_of,
+)
 from .._capture import Linearization, linearize, Problem
 from .._layers import from_matrices, parts, split_parameters, to_matrices
 from .._math.mesh import on_automatic_axes
@@ -104,11 +114,12 @@ class PlacedCurvature(CurvatureEstimator):
         return PlacedState(MovingAverage(average, weight), kept, block_shapes(parts(parameters)))
 
     def linearize(self, problem: Problem, state: PlacedState) -> Linearization:
-        keys = [key for key, _ in state.shapes]
-        check_keys(keys, parts(problem.parameters))
+        keys, found = [key for key, _ in state.shapes], parts(problem.parameters)
+        check_keys(keys, found)
         # No block that can be kept in parts asks for its statistics.
         read = functools.partial(read_statistics, dict.fromkeys(keys))
-        return linearize(problem, read, example_axis=self.estimator.example_axis)
+        counts_uses = any(part.block.counts_uses for part in found.values())
+        return linearize(problem, read, example_axis=self.estimator.example_axis, counts_uses=counts_uses)
 
     def measure(self, linearization: Linearization, key: PRNGKey | None) -> MovingAverage:
         return self.estimator.measure(linearization, key)
@@ -264,11 +275,12 @@ class PlacedCurvature(CurvatureEstimator):
     def _pieces(self, parameters: Parameters) -> dict[tuple[str, int], Piece]:
         kinds = {key: (part.block, part.operation.shape()) for key, part in parts(parameters).items()}
         for key, (block, _) in kinds.items():
-            if isinstance(block, EigenvalueCorrected):
+            if isinstance(block, EigenvalueCorrected | FrobeniusOptimal | KLOptimal):
                 raise ValueError(
-                    f"The block of `{key}` is {block}, whose statistics take its eigenbasis, on all devices. Give the "
-                    "inverses a placement instead: `kfax.BlockDiagonalCurvature(placement=placement)`; or use "
-                    "`kfax.KroneckerFactored(inversion=kfax.Eigh())`."
+                    f"The block of `{key}` is {block}, whose statistics take its eigenbasis or its weights, on all "
+                    "devices. Give the inverses a placement instead: "
+                    "`kfax.BlockDiagonalCurvature(placement=placement)`; or use `kfax.KroneckerFactored()` or "
+                    "`kfax.TensorNormal()`."
                 )
         return pieces_of(kinds, self.placement.num_devices)
 

@@ -45,6 +45,23 @@ def diagonal(factor: Float[Array, "..."], ndim: int) -> Float[Array, "*leading d
     return factor.reshape(*leading, size * size)[..., :: size + 1]  # a slice, which compiles faster than a gather
 
 
+def or_identity(factor: Float[Array, "..."] | None, ndim: int) -> Float[Array, "..."] | None:
+    """A factor with `ndim` leading axes, where it is not zero, and the identity where it is. `None` stays so."""
+    if factor is None:
+        return None
+    if is_diagonal(factor, ndim):
+        return jnp.where(jnp.any(factor != 0, axis=-1, keepdims=True), factor, 1)
+    is_known = jnp.any(factor != 0, axis=(-2, -1), keepdims=True)
+    return jnp.where(is_known, factor, jnp.eye(factor.shape[-1], dtype=factor.dtype))
+
+
+def inner(factor: Float[Array, "..."], other: Float[Array, "..."] | None, ndim: int) -> Float[Array, "*leading"]:
+    """`tr(X Y)` of symmetric factors with `ndim` leading axes, both dense or both diagonal; `None` is the identity."""
+    if other is None:
+        return jnp.sum(diagonal(factor, ndim), axis=-1)
+    return jnp.sum(factor * other, axis=tuple(range(ndim, factor.ndim)))
+
+
 def transpose(matrix: Float[Array, "*leading d e"] | None) -> Float[Array, "*leading e d"] | None:
     return None if matrix is None else jnp.swapaxes(matrix, -1, -2)
 

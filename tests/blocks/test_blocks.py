@@ -61,16 +61,18 @@ def _same(shape, axes):
     return groups[:, None] == groups[None, :]
 
 
-def partial_traces(shape, matrix):
-    """The sums of the diagonal blocks of either kind, `(d_g, d_g)` and `(d_a, d_a)`, for each matrix of a stack."""
+def weighted_traces(shape, matrix, left, right):
+    """The sums of the blocks of either kind, weighted by `right` and `left`, `(d_g, d_g)` and `(d_a, d_a)`, for each
+    matrix of a stack. Of weights that are diagonal, so is the other result.
+    """
     blocks = [matrix[i][:, i] for i in positions(shape).reshape(-1, shape.d_g * shape.d_a)]
     blocks = jnp.stack(blocks).reshape(*shape.leading, *2 * (shape.d_g, shape.d_a))
-    return jnp.einsum("...iaja->...ij", blocks), jnp.einsum("...iaib->...ab", blocks)
+    return jnp.einsum("...iajb,...ab->...ij", blocks, right), jnp.einsum("...iajb,...ij->...ab", blocks, left)
 
 
 def gradient_case(block, shape):
     gradients = random_gradients(shape)
-    inputs, moment = (), block.second_moment(shape, gradients)
+    inputs, moment = (), block.second_moment(shape, gradients, None)
     statistics = block.statistics(shape, inputs, moment, None, N, None)
     matrix, ndim = exact(shape, gradients), len(shape.leading)
     if isinstance(block, kfax.Diagonal):
@@ -80,10 +82,32 @@ def gradient_case(block, shape):
     elif isinstance(block, kfax.ScaledIdentity):
         means = jnp.mean(jnp.diag(matrix).reshape(*shape.leading, -1), axis=-1, keepdims=True)
         matrix = jnp.diag(jnp.broadcast_to(means, (*shape.leading, shape.d_g * shape.d_a)).reshape(-1))
-    elif isinstance(block, kfax.TensorNormal):
-        left, right = partial_traces(shape, matrix)
-        matrix = kron_blocks(shape, left / jnp.trace(left, axis1=-2, axis2=-1)[..., None, None], right)
     return statistics, matrix
+
+
+def dense(factor, ndim):
+    return factor if factor.ndim == ndim + 2 else factor[..., None] * jnp.eye(factor.shape[-1])
+
+
+def weighted_factors(block, shape):
+    """The statistics of gradients with any weights, and the factors `G / s` and A."""
+    sides, ndim = [side <= block.max_dim for side in (shape.d_a, shape.d_g)], len(shape.leading)
+    any_weights = _factors(jax.random.key(1), shape, *sides)
+    given = (None, None) if isinstance(block, kfax.TensorNormal) else (any_weights.g, any_weights.a)
+    sizes = zip(given, (shape.d_g, shape.d_a), strict=True)
+    weights = [jnp.broadcast_to(jnp.eye(d), (*shape.leading, d, d)) if w is None else dense(w, ndim) for w, d in sizes]
+    gradients = random_gradients(shape)
+    statistics = block.statistics(shape, (), block.second_moment(shape, gradients, given), None, N, given)
+    left, right = weighted_traces(shape, exact(shape, gradients), *weights)
+    scale = jnp.einsum("...ij,...ij->...", left, weights[0])[..., None, None]
+    kept = [f if is_dense else dense(jnp.diagonal(f, axis1=-2, axis2=-1), ndim)
+            for f, is_dense in zip((right, left), sides, strict=True)]  # fmt: skip
+    return statistics, kept[1] / scale, kept[0]
+
+
+def weighted_case(block, shape):
+    statistics, left, right = weighted_factors(block, shape)
+    return statistics, kron_blocks(shape, left, right)
 
 
 def _factors(key, shape, a_dense, g_dense):
@@ -99,9 +123,8 @@ def _factors(key, shape, a_dense, g_dense):
 
 def kron_blocks(shape, left, right):
     """`left ⊗ right` for each matrix of a stack."""
-    dense = lambda f: f if f.ndim == len(shape.leading) + 2 else f[..., None] * jnp.eye(f.shape[-1])  # noqa: E731
-    left = dense(left).reshape(-1, shape.d_g, shape.d_g)
-    right = dense(right).reshape(-1, shape.d_a, shape.d_a)
+    left = dense(left, len(shape.leading)).reshape(-1, shape.d_g, shape.d_g)
+    right = dense(right, len(shape.leading)).reshape(-1, shape.d_a, shape.d_a)
     index = positions(shape).reshape(len(left), -1)
     return fill(shape, index, [jnp.kron(x, y) for x, y in zip(left, right, strict=True)])
 
@@ -130,12 +153,18 @@ def kronecker_case(block, shape):
     return (direct, reverse), matrix + kron_blocks(shape, reverse.a, reverse.g / 2)
 
 
+WEIGHTED = (kfax.TensorNormal, kfax.FrobeniusOptimal, kfax.KLOptimal)
 BLOCKS = {
     "identity": kfax.ScaledIdentity(),
     "diagonal": kfax.Diagonal(),
     **{f"unitwise-{n}": kfax.UnitWise(inversion=i) for n, i in INVERSIONS.items()},
     **{f"full-{n}": kfax.Full(inversion=i) for n, i in INVERSIONS.items()},
     **{f"tensor-normal-{n}": kfax.TensorNormal(inversion=i) for n, i in INVERSIONS.items()},
+    "tensor-normal-3": kfax.TensorNormal(max_dim=3),
+    **{f"frobenius-{n}": kfax.FrobeniusOptimal(inversion=i) for n, i in INVERSIONS.items()},
+    "kl-cholesky": kfax.KLOptimal(),
+    "kl-3-eigh": kfax.KLOptimal(max_dim=3, inversion=kfax.Eigh()),
+    "kl-0-cholesky": kfax.KLOptimal(max_dim=0),
     **{f"kronecker-{n}": kfax.KroneckerFactored(inversion=i) for n, i in INVERSIONS.items()},
     **{f"kronecker-3-{n}": kfax.KroneckerFactored(inversion=i, max_dim=3) for n, i in INVERSIONS.items()},
     **{f"kronecker-0-{n}": kfax.KroneckerFactored(inversion=i, max_dim=0) for n, i in INVERSIONS.items()},
@@ -149,6 +178,7 @@ def make(name, shape) -> tuple[kfax.Block, kfax.MatrixShape, Any, jax.Array]:
     block, dims = BLOCKS[name], SHAPES[shape]
     case = gradient_case if isinstance(block, kfax.GradientBlock) else kronecker_case
     case = corrected_case if isinstance(block, kfax.EigenvalueCorrected) else case
+    case = weighted_case if isinstance(block, WEIGHTED) else case
     statistics, matrix = case(block, dims)
     return block, dims, statistics, matrix
 
@@ -218,9 +248,9 @@ def damped_matrix(block, shape, statistics, matrix, damping):
         return kron_blocks(shape, direct.g / 2, direct.a) + term
     if isinstance(block, kfax.KroneckerFactored) and not block.diagonalizes:
         return factored(shape, statistics.g / 2, statistics.a, damping)
-    if isinstance(block, kfax.TensorNormal) and not block.diagonalizes:
-        left, right = partial_traces(shape, matrix)
-        return factored(shape, left / jnp.trace(left, axis1=-2, axis2=-1)[..., None, None], right, damping)
+    if isinstance(block, WEIGHTED) and not block.diagonalizes:
+        _, left, right = weighted_factors(block, shape)
+        return factored(shape, left, right, damping)
     return matrix + damping * jnp.eye(len(matrix))
 
 

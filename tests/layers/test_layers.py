@@ -143,28 +143,6 @@ def test_gradient_blocks_are_exact_in_what_they_keep(name, block, axis):
     assert_close(found, jnp.where(kept, exact_block(case), 0))
 
 
-def partial_traces(matrix, indices):
-    """The sums of diagonal blocks of either kind; `indices`, `(d_g, d_a)`, say of which numbers V consists."""
-    block = matrix[indices.reshape(-1)][:, indices.reshape(-1)].reshape(*indices.shape, *indices.shape)
-    return jnp.einsum("iaja->ij", block), jnp.einsum("iaib->ab", block)
-
-
-@grid(thin=3, name=LAYERS)
-def test_tensor_normal_blocks_have_the_traces_of_the_exact_block(name):
-    case = LAYERS[name].build(kfax.TensorNormal())
-    estimator, state = update(case, "batch")
-    tree = parameters(case.model)
-    flat, unravel = ravel_pytree(tree)
-    size = sum(leaf.size for leaf in jax.tree.leaves(parameters(case.plain.layer)))
-    found, exact = estimator.to_dense(state, tree), exact_block(case)
-    for key, indices in to_matrices(unravel(jnp.arange(flat.size, dtype=flat.dtype))).items():
-        for matrix in indices.reshape(-1, *indices.shape[-2:]).astype(int):
-            if jnp.max(matrix) < size:  # the layer, and not the head
-                expected = partial_traces(exact, matrix)
-                assert_close(partial_traces(found, matrix), expected)
-                assert jnp.trace(expected[0]) > 0, key
-
-
 @grid(
     slow=lambda name, block: name not in ("conv2d-depthwise", "group-norm", "gru"),
     name=LAYERS,

@@ -45,7 +45,7 @@ def test_a_kronecker_block_for_all_that_have_inputs():
     assert set(found.values()) == {str(EIGH)}
 
 
-@pytest.mark.parametrize("block", [kfax.Diagonal(), kfax.UnitWise(), kfax.Full(), kfax.TensorNormal(), EIGH])
+@pytest.mark.parametrize("block", [kfax.Diagonal(), kfax.UnitWise(), kfax.Full(), kfax.KLOptimal(), EIGH])
 def test_the_block_is_used_by_all_that_have_it(block):
     model = kfax.tag(MODEL, block=block)
     found = blocks_of(model)

@@ -7,6 +7,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding, PartitionSpec
 
+import kfax
+
 
 # Relative to the largest number of the expected array. Looser ones state their reason where they are used.
 TOLERANCE = {"float64": 1e-10, "float32": 2e-5}
@@ -67,6 +69,11 @@ def layer_groups(model, paths):
         [owner] = [i for i, prefix in enumerate(paths) if jax.tree_util.keystr(path).startswith(prefix + ".")]
         groups.append(jnp.full(leaf.size, owner))
     return jnp.concatenate(groups)
+
+
+def as_it_is(rate):
+    """A learning rate that is never lowered."""
+    return kfax.LossConstraint(rate, jnp.inf)
 
 
 def mlp(key, sizes, activation=jnp.tanh, use_bias=True, dtype=jnp.float64):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from cases import grid, make_case
 from exact_cases import SOURCES, truth
-from helpers import assert_close, flat, mlp, parameters, random
+from helpers import as_it_is, assert_close, flat, mlp, parameters, random
 from reference import ggn, squared_loss
 
 import kfax
@@ -176,9 +176,8 @@ def test_the_optimizer_takes_untagged_models_for_exact_estimators(estimator):
     made = {"explicit": kfax.ExplicitExactCurvature(), "implicit": kfax.ImplicitExactCurvature()}[estimator]
     x, y = random(1, 6, 2), random(2, 6, 1)
     loss_fn = lambda m, b: kfax.squared_error(jax.vmap(m)(b[0]), b[1])  # noqa: E731
-    optimizer = kfax.Optimizer(
-        loss_fn, learning_rate=1.0, momentum=0.0, damping=0.1, l2=0.01, preconditioner=kfax.Preconditioner(made)
-    )
+    settings = {"learning_rate": as_it_is(1.0), "momentum": 0.0, "damping": 0.1, "l2": 0.01}
+    optimizer = kfax.Optimizer(loss_fn, **settings, preconditioner=kfax.Preconditioner(made))
     state = optimizer.init(MODEL, (x, y))
     new, _, info = eqx.filter_jit(optimizer.step)(MODEL, state, (x, y))
     p = flat(parameters(MODEL))

@@ -154,12 +154,12 @@ def test_a_step_uses_what_is_known_at_present(exponent):
     """Eigenvalues of this step with the basis of the last refresh; of another power all is as of then."""
     number, period = (5, 4) if exponent == -1 else (5, 1)
     optimizer, model, state = steps(CASE, number, inverse_update_period=period, exponent=exponent)
-    new, after, _ = eqx.filter_jit(optimizer.step)(model, state, CASE.batch)
+    new, after, info = eqx.filter_jit(optimizer.step)(model, state, CASE.batch)
     matrix = ESTIMATOR.to_dense(after.curvature, parameters(model))
     gradient = eqx.filter_grad(lambda m: CASE.loss_fn(m, CASE.batch).value())(model)
     values, vectors = jnp.linalg.eigh(matrix + 0.1 * jnp.eye(len(matrix)))
     direction = (vectors * values**exponent) @ vectors.T @ flat(parameters(gradient))
-    momentum = flat(parameters(new)) - flat(parameters(model)) + 0.1 * direction
+    momentum = flat(parameters(new)) - flat(parameters(model)) + info.learning_rate * direction
     assert_close(momentum, 0.5 * flat(state.velocity), tolerance=1e-9)
     for key, (left, _) in bases(after.curvature).items():
         assert not jnp.array_equal(left, jnp.eye(len(left))), key

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cases import grid, make_case
 from exact_cases import like, SOURCES, truth
-from helpers import assert_close, flat, mlp, parameters, random
+from helpers import as_it_is, assert_close, flat, mlp, parameters, random
 from jax.flatten_util import ravel_pytree
 from reference import ggn, jacobians, squared_loss
 
@@ -157,7 +157,7 @@ def test_the_peak_of_memory_is_that_of_the_parts():
 
 def optimizer(**settings):
     preconditioner = kfax.Preconditioner(kfax.SampleSpaceCurvature(), inverse_update_period=1)
-    defaults = {"learning_rate": 0.3, "momentum": 0.0, "damping": 0.1, "preconditioner": preconditioner}
+    defaults = {"learning_rate": as_it_is(0.3), "momentum": 0.0, "damping": 0.1, "preconditioner": preconditioner}
     return kfax.Optimizer(squared, **(defaults | settings))
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import lineax as lx
 import pytest
 from cases import grid, make_case
-from helpers import assert_close, flat, mlp, parameters
+from helpers import as_it_is, assert_close, flat, mlp, parameters
 from preconditioner_cases import change, EXACT, ggn_at, gradient_at, make, train
 
 import kfax
@@ -121,7 +121,8 @@ def test_products_as_the_preconditioner():
         return kfax.squared_error(jax.vmap(model)(x), y, mask=jnp.all(jnp.isfinite(y), axis=1))
 
     estimator = kfax.ImplicitExactCurvature(preconditioner=EXACT, solver=lx.CG(1e-12, 1e-12))
-    optimizer = make(loss_fn, kfax.Preconditioner(estimator, inverse_update_period=1))
+    preconditioner = kfax.Preconditioner(estimator, inverse_update_period=1)
+    optimizer = make(loss_fn, preconditioner, learning_rate=as_it_is(0.1))
     hidden = (case.x, case.y.at[0].set(jnp.nan))
     batches = [case.batch, tuple(leaf[:5] for leaf in case.batch), hidden, (case.x * jnp.nan, case.y), case.batch]
     results = []

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from cases import grid, make_case
-from helpers import assert_close, mlp, parameters
+from helpers import as_it_is, assert_close, mlp, parameters
 from jax.flatten_util import ravel_pytree
 from optimizer_cases import adaptive, begin, exact_ggn, fixed
 from reference import ggn
@@ -58,7 +58,7 @@ def test_one_undamped_step_solves_a_regression(use_bias, source):
         estimator = kfax.BlockDiagonalCurvature(kfax.SampledFisher(3))
     optimizer = fixed(
         case.loss_fn,
-        learning_rate=1.0,
+        learning_rate=as_it_is(1.0),
         momentum=0.0,
         damping=1e-12,
         l2=0.0,

@@ -143,7 +143,8 @@ class _Setup:
         parameters = kfax.parameters_of(model, frozen=self.frozen)
         matrix = estimator.to_dense(new_state.curvature, parameters)
         again = matrix
-        if any(isinstance(block, kfax.EigenvalueCorrected) for block in self.blocks) and self.is_block_diagonal:
+        is_corrected = any(isinstance(block, kfax.EigenvalueCorrected) for block in self.blocks)
+        if is_corrected and isinstance(estimator, kfax.BlockDiagonalCurvature):
             # A second pass, in the eigenbases of the first one.
             second = estimator.restart(new_state.curvature, parameters)
             second = estimator.update(second, self.loss_fn, model, batch, frozen=self.frozen)

@@ -43,14 +43,6 @@ class ExampleAxis:
                 "model, or leave `example_axis` out to use the outermost mapped axis."
             ) from error
 
-    def summed(self) -> str:
-        """What is wrong where the cotangents of a masked layer were added up over the examples before it saw them."""
-        return (
-            f"The layer at `{self.path}` computes the same for every example, so that only a named axis lets "
-            "`kfax.masked` tell the examples apart. Name the axis of the examples: "
-            '`jax.vmap(model, axis_name="batch")` in `loss_fn`, and `example_axis="batch"` for the estimator.'
-        )
-
     def in_reverse(self) -> str:
         """What is wrong where a derivative within the loss is more than forward mode."""
         return (

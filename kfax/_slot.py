@@ -168,12 +168,12 @@ def _observer(slot: Slot, x_ndims: PyTree, y_ndims: PyTree, is_tangent: bool = F
 
     @jax.custom_jvp
     def observer(y, x, value, layer, marker, present):
-        del x, value, layer, present
+        del x, value, layer
         # JAX forgets the rule below where it makes linear functions, and runs this instead of it; and nowhere else.
         if is_tangent:
             factor = 1 + _fail(jnp.zeros(()), *slot.axis.of_all(ExampleAxis.in_reverse))
             y = jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * leaf, y)
-        return tie(y, marker)  # mapped over the named axis
+        return tie(y, (marker, present))  # mapped over the named axis, and over positions of which some are masked
 
     @functools.partial(observer.defjvp, symbolic_zeros=True)
     def _(primals, tangents):
@@ -196,9 +196,9 @@ def _observer(slot: Slot, x_ndims: PyTree, y_ndims: PyTree, is_tangent: bool = F
         # inputs must be linear. `dy` gets the axes of `y`; of a bias alone, say, it is the same for all examples.
         dvalue = _instantiated(dvalue, value)
         zero = sum(jnp.sum(leaf.ravel()[:0]) for leaf in jax.tree.leaves(dvalue))
-        given = tie(_instantiated(dy, y, zero), (y, others[1])), dvalue
+        given = tie(_instantiated(dy, y, zero), (y, *others[1:])), dvalue
         solution = jax.lax.custom_linear_solve(lambda b: b, given, lambda _, b: b, transpose)
-        return tie(y, others[1]), solution[0]
+        return tie(y, others[1:]), solution[0]
 
     return observer
 
@@ -312,8 +312,6 @@ def _make_fold(
         marker = None if is_examples else marker
         if not is_stacked:
             out = fold(value, layer, marker, present, x, dy)
-            if axis.name is None and axis.of(size) is not None and not any(jax.tree.leaves(rows_mapped[1:])):
-                out = _fails(out, dy, 0, (axis.summed(),))
             return out, jax.tree.map(lambda _: False, out)
 
         # A `cond` took the slot along. JAX will add up what is due to each example for which this branch was taken.

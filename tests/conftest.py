@@ -65,8 +65,15 @@ def release_programs():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """How many rows of the tables of cases ran, and how many code blocks of the documentation."""
+    """How many rows of the tables of cases ran, code blocks of the documentation, and generated cases by outcome."""
     reports = terminalreporter.stats.get("passed", [])
+    generated = collections.Counter()
+    for report in [*reports, *terminalreporter.stats.get("failed", [])]:
+        for name, value in report.user_properties:
+            if name.startswith("generated "):
+                generated[name.removeprefix("generated ")] += value
+    if generated:
+        terminalreporter.write_line("generated: " + ", ".join(f"{v} {name}" for name, v in sorted(generated.items())))
     num_blocks = sum(value for r in reports for name, value in r.user_properties if name == "code blocks")
     if num_blocks:
         terminalreporter.write_line(f"{num_blocks} code blocks of README and documentation ran")

@@ -4,8 +4,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import assert_close
+from helpers import assert_close, parameters
 from layer_updates import update
+from reference import ggn, squared_loss
 
 import kfax
 
@@ -76,6 +77,38 @@ def test_masked_positions_do_not_count(sharing, axis, weighted):
         scaled = jax.tree.map(lambda leaf, w=weight: w * leaf / 3, alone.average.value)
         total = scaled if total is None else jax.tree.map(jnp.add, total, scaled)
     assert_close(state.average.value, total)
+
+
+class Token(eqx.Module):
+    """A learned vector, added at the positions that are present."""
+
+    table: eqx.nn.Embedding
+
+    def __call__(self, x, mask):
+        def one(x, present):
+            return jnp.where(present, jnp.tanh(x + kfax.masked(self.table, present)(jnp.zeros((), int))), 0)
+
+        return jnp.sum(jax.vmap(one)(x, mask), axis=0)
+
+
+@pytest.mark.parametrize("axis", ["batch", None])
+def test_a_masked_layer_that_is_the_same_at_every_position(axis):
+    """Its output depends on nothing: only by the mask is it one for each position."""
+    plain = Token(eqx.nn.Embedding(1, 2, key=KEYS[5]))
+    model = kfax.set_block(kfax.tag(plain), ".table", kfax.Full())
+    x = jax.random.normal(KEYS[6], (3, 4, 2))
+
+    def outputs(model):
+        return jax.vmap(model, axis_name="batch")(x, MASK)
+
+    def loss_fn(model, batch):
+        return kfax.squared_error(outputs(model), batch)
+
+    targets = jnp.zeros((3, 2))
+    kfax.check(loss_fn, model, targets, example_axis=axis)
+    estimator, state = update(model, loss_fn, targets, example_axis=axis)
+    exact = ggn(outputs, plain, squared_loss, targets)
+    assert_close(estimator.to_dense(state, parameters(model)), exact)
 
 
 def test_masked_wants_one_boolean():

@@ -125,7 +125,12 @@ TARGETS = (0.2, 0.1, 0.05, 0.02, 0.01)
 def runner(block, period, rate, damping, data, number=300):
     """A function of a seed, to the losses after each step."""
     preconditioner = kfax.Preconditioner(inverse_update_period=period)
-    settings = {"learning_rate": rate, "momentum": 0.9, "damping": damping, "preconditioner": preconditioner}
+    settings = {
+        "learning_rate": kfax.LossConstraint(rate, jnp.inf),
+        "momentum": 0.9,
+        "damping": damping,
+        "preconditioner": preconditioner,
+    }
     optimizer = kfax.Optimizer(loss_fn, **settings)
 
     @eqx.filter_jit

@@ -80,7 +80,7 @@ def mini_batches(task, rate, *, bound=1e-3, momentum=0.9, damping=1e-2, block=No
     schedule = task.schedule(rate, False)
     optimizer = kfax.Optimizer(
         task.loss_fn,
-        learning_rate=schedule if bound is None else kfax.NormConstraint(schedule, bound),
+        learning_rate=kfax.LossConstraint(schedule, jnp.inf) if bound is None else kfax.NormConstraint(schedule, bound),
         momentum=momentum,
         damping=damping,
         preconditioner=kfax.Preconditioner(**({"inverse_update_period": kfax.Staggered(10)} | settings)),

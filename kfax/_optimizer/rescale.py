@@ -17,9 +17,10 @@ class LossConstraint(eqx.Module):
 
     with P the preconditioner, $(\hat C + \lambda I)^{-1}$, and $\bar h$ the mean of the objective's absolute value over
     all steps so far. By $\nabla h^\top P \nabla h$ a step of learning rate one promises to lower the loss, to first
-    order. For the exact curvature of a squared error that is at most twice the loss itself. Where it is more, the
-    curvature says too little of the loss: an outlier among small batches, an inverse that is old, a softmax that is
-    sure and wrong. It is there that training by numbers goes astray.
+    order. With the exact curvature of a squared error that is at most twice the loss, and twice where all of it can be
+    fitted: μ = 2 leaves steps that are exact as they are, 1 halves them until the loss has fallen below half of its
+    mean. Far more is promised where the curvature says too little of the loss: by an outlier among small batches, an
+    inverse that is old, a softmax that is sure and wrong. It is there that training by numbers goes astray.
 
     Does not depend on the unit of the loss, but on where its zero is: made for losses whose values say how far there is
     to go, such as errors and negative log-likelihoods. Give surrogates, whose values mean nothing, a multiple of

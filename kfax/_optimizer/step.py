@@ -69,6 +69,7 @@ class ProposedStep(eqx.Module):
     - `change`: of the objective, as predicted; may be known in any case.
     - `after`: the objective after the step.
     - `ratio`: of the actual change to the predicted one.
+    - `losses`: the mean of absolute values so far, with this batch.
     """
 
     directions: tuple[Parameters, Parameters]
@@ -84,6 +85,7 @@ class ProposedStep(eqx.Module):
     change: Scalar
     after: Scalar
     ratio: Scalar
+    losses: MovingAverage
 
     @property
     def is_constrained(self) -> Bool[Array, ""]:
@@ -166,7 +168,10 @@ class StepRules(eqx.Module):
             carried = combine((own,), (self.preconditioner.apply(preconditioner, carried, damped),))
         directions = (descent, carried)
         plane = objective.plane(directions)
-        coefficients, predicted = self._coefficients(objective, state, settings, damping, directions, plane)
+        losses = state.losses.update(jnp.abs(objective.loss).astype(state.losses.value.dtype), jnp.ones(()))
+        coefficients, predicted = self._coefficients(
+            objective, settings, damping, directions, plane, state.step, losses.value
+        )
         dtype, both = objective.loss.dtype, jnp.stack(coefficients)
         unknown = jnp.full((), jnp.nan, dtype)
 
@@ -200,6 +205,7 @@ class StepRules(eqx.Module):
             change=change,
             after=after,
             ratio=(after - objective.loss) / change,
+            losses=losses,
         )
 
     def adjusted(
@@ -239,7 +245,7 @@ class StepRules(eqx.Module):
             velocity=velocity,
             preconditioner=eqx.tree_at(lambda p: p.is_stale, proposed.preconditioner, stale),
             was_undone=jnp.where(is_good, undone, state.was_undone),
-            losses=select(is_good, with_loss(state.losses, objective.loss), state.losses),
+            losses=select(is_good, proposed.losses, state.losses),
         )
         vectors = (objective.problem.parameters, objective.gradient, proposed.directions[0])
         return (
@@ -276,22 +282,22 @@ class StepRules(eqx.Module):
     def _coefficients(
         self,
         objective: Objective,
-        state: OptimizerState,
         settings: Settings,
         damping: Scalar,
         directions: tuple[Parameters, Parameters],
         plane: Plane,
+        step: Counter,
+        mean_loss: Scalar,
     ) -> tuple[tuple[Scalar, Scalar], Scalar | None]:
         """Learning rate and momentum, and the change that the exact quadratic model predicts if it was asked."""
         learning_rate, momentum = settings.learning_rate, settings.momentum
         if learning_rate is not None and settings.bound is not None:
             learning_rate = limit(learning_rate, -plane.slopes[0], settings.bound)
         if learning_rate is not None and isinstance(self.learning_rate, LossConstraint):
-            mean_loss = with_loss(state.losses, objective.loss).value
             learning_rate = self.learning_rate.limit(learning_rate, -plane.slopes[0], mean_loss)
         if learning_rate is not None and momentum is not None:
             return (learning_rate, momentum), None
-        gram = objective.gram(self._model, directions, state.step)
+        gram = objective.gram(self._model, directions, step)
         coefficients = plane.minimize(gram, damping, learning_rate, momentum)
         both = jnp.stack(coefficients)
         return coefficients, plane.change(matmul(both, gram, both), both)
@@ -327,11 +333,6 @@ def _choose(
     if isinstance(coefficient, QuadraticModel):
         return None
     return scheduled(name, coefficient, step, check) if callable(coefficient) else coefficient
-
-
-def with_loss(losses: MovingAverage, loss: Scalar) -> MovingAverage:
-    """The mean of absolute values, with one more."""
-    return losses.update(jnp.abs(loss).astype(losses.value.dtype), jnp.ones(()))
 
 
 def _first(*cases: tuple[Bool[Array, ""], StepResult]) -> StepResult:

@@ -18,7 +18,7 @@ as they were, 22 refused, 254 faults. Most faults were those of the tests. Still
 a model with two attentions after each other, of which the second has almost equal inputs (seed 20); `gradient_norm`
 is infinite in float32 for gradients above 1e19. Full figures with the tests as they are now have yet to be had.
 
-What it found and what was mended: `test_a_masked_layer_that_is_the_same_at_every_position` (seed 0).
+What it found and what was mended: `test_a_masked_layer_that_is_the_same_at_every_position`.
 """
 
 import collections

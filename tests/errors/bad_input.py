@@ -1,0 +1,89 @@
+"""Puts wrong values into each argument of each right call, and prints what came of it. Run without a type checker."""
+
+import inspect
+import json
+import pathlib
+import sys
+import traceback
+import warnings
+
+import jax.numpy as jnp
+from bad_input_calls import CALLS, function_of, LINEAR, OTHER
+
+import kfax
+
+
+HERE, PACKAGE = str(pathlib.Path(__file__).parent), str(pathlib.Path(kfax.__file__).parent)
+WRONG = {
+    "None": None,
+    "text": "text",
+    "3": 3,
+    "0.5": 0.5,
+    "-1": -1,
+    "0": 0,
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "True": True,
+    "list": [],
+    "class": kfax.ExactGGN,
+    "function": lambda: None,
+    "object": object(),
+    "shape": jnp.ones((2, 7, 3)),
+    "empty": jnp.ones((0,)),
+    "integers": jnp.ones((4, 3), int),
+    "booleans": jnp.ones((4, 3), bool),
+    "complex": jnp.ones((4, 3), complex),
+    "nans": jnp.full((4, 3), jnp.nan),
+    "untagged": LINEAR,
+    "other": OTHER,
+    "tree": {"a": jnp.ones(2)},
+}
+
+
+def outcome(function, arguments, name):
+    try:
+        function(**arguments)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        text = "\n".join([str(error), *getattr(error, "__notes__", [])])
+        inner = frames[-1].filename
+        if isinstance(error, ValueError | TypeError) and inner.startswith(PACKAGE) and f"`{name}`" in text:
+            return "named", text
+        if isinstance(error, ValueError | TypeError) and inner.startswith(PACKAGE) and "`" in text:
+            return "clear", text
+        if any(frame.filename.startswith(HERE) for frame in frames[2:]):
+            return "own", text
+        own = [f for f in frames if f.filename.startswith(PACKAGE)]
+        where = f"{own[-1].filename.removeprefix(PACKAGE)}:{own[-1].lineno}" if own else ""
+        return "unclear", f"{type(error).__name__} at {where}: {text}"
+    return "accepted", ""
+
+
+def call(name, arguments):
+    function = function_of(name)
+    kinds = inspect.signature(function).parameters
+    positional = [a for a in kinds if a in arguments and kinds[a].kind is inspect.Parameter.POSITIONAL_ONLY]
+    assert not positional
+    return function, arguments
+
+
+def main(chosen):
+    warnings.simplefilter("ignore")
+    for name, arguments in CALLS.items():
+        if chosen and name not in chosen:
+            continue
+        function = function_of(name)
+        try:
+            function(**arguments)
+        except Exception as error:
+            print(json.dumps([name, "", "", "right", repr(error)]), flush=True)
+            continue
+        for argument, right in arguments.items():
+            for label, wrong in WRONG.items():
+                if wrong is right:
+                    continue
+                kind, text = outcome(function, arguments | {argument: wrong}, argument)
+                print(json.dumps([name, argument, label, kind, text]), flush=True)
+
+
+main(sys.argv[1:])

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._math.arguments import whole_number
 from .._math.types import ArrayTree
 from .._operations import FactoredOperation, MatrixShape, Operation, Transposed
 from .._slot import Use
@@ -117,9 +118,7 @@ def check_factoring(sharing: Sharing, max_dim: int) -> tuple[Sharing, int]:
 
 
 def check_max_dim(max_dim: int) -> int:
-    if max_dim < 0:
-        raise ValueError(f"`max_dim` is the size of a matrix, got {max_dim}.")
-    return max_dim
+    return whole_number("max_dim", max_dim, 0)
 
 
 def check_factored(block: Block, operation: Operation) -> FactoredOperation:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._losses import Loss, of_all_examples, Penalty
+from .._math.arguments import single_key
 from .._math.types import Model, PRNGKey, Scalar
 from .across import own_key
 
@@ -39,19 +40,21 @@ class Evaluation(eqx.Module):
         return sum((loss.value() for loss in self.losses), self.penalty)
 
 
+def check_loss_fn(loss_fn: Callable) -> None:
+    if not callable(loss_fn) or isinstance(loss_fn, type):
+        raise ValueError(f"`loss_fn` must be a function of model and batch, got {type(loss_fn).__name__}.")
+
+
 def split_key(loss_fn: Callable, key: Any) -> tuple[PRNGKey | None, PRNGKey | None]:
     """A key for `loss_fn` and one for the curvature's source, of the one that a user gave, if any.
 
     They are the same if `loss_fn` takes none: a problem always has a key that is mapped as that of its source is, to
     which the slots are tied.
     """
+    check_loss_fn(loss_fn)
     if key is None:
         return None, None
-    try:
-        jax.eval_shape(jax.random.split, key)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`key` must be a single JAX key, such as `jax.random.key(0)`, got {key!r}.") from error
-    key = own_key(loss_fn, key)
+    key = own_key(loss_fn, single_key(key))
     if "key" not in inspect.signature(loss_fn).parameters:
         return key, key
     loss_key, source_key = jax.random.split(key)
@@ -67,6 +70,7 @@ def evaluate(
     among which may be penalties ([`kfax.Penalty`][]), or a tuple of that and more: `(losses, aux)`; or, if it takes a
     `model_state`, `(losses, model_state)` or `(losses, model_state, aux)`.
     """
+    check_loss_fn(loss_fn)
     names = inspect.signature(loss_fn).parameters
     _check_parameters(names)
     arguments = {}

@@ -14,6 +14,7 @@ from .._capture import check_values, Linearization, linearize, Problem
 from .._layers import any_parameters_of
 from .._losses import Loss
 from .._math import linalg
+from .._math.arguments import whole_number
 from .._math.moving_average import MovingAverage
 from .._math.scalars import within_unit
 from .._math.tree import all_finite, anywhere, cond, select
@@ -97,7 +98,7 @@ class ExplicitExactCurvature(CurvatureEstimator):
         self.source = check_matrix(source)
         self.decay = within_unit("decay", decay)
         self.inversion = check_inversion(inversion)
-        self.max_dim = max_dim
+        self.max_dim = whole_number("max_dim", max_dim, 0)
 
     def init(self, model: Model, *, frozen: Where | None = None) -> ExplicitExactState:
         parameters = any_parameters_of(model, frozen)

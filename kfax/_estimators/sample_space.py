@@ -13,6 +13,7 @@ from .._blocks import check_inversion, Cholesky, immovable, Inverse, Inversion, 
 from .._capture import check_values, Linearization, linearize, Problem
 from .._layers import any_parameters_of
 from .._math import linalg
+from .._math.arguments import flag, whole_number
 from .._math.mesh import on_automatic_axes
 from .._math.scalars import finite, nonnegative
 from .._math.tree import all_finite, combine, select, zeros_like
@@ -115,10 +116,8 @@ class SampleSpaceCurvature(CurvatureEstimator):
         """
         self.source = check_source(source)
         self.inversion = check_inversion(inversion)
-        self.centered = centered
-        if isinstance(max_numbers, bool) or not isinstance(max_numbers, int) or max_numbers < 1:
-            raise ValueError(f"`max_numbers` must be a whole number, at least 1, got {max_numbers!r}.")
-        self.max_numbers = max_numbers
+        self.centered = flag("centered", centered)
+        self.max_numbers = whole_number("max_numbers", max_numbers)
 
     # -- taking in batches --
 

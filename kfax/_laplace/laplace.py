@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike
 from .._estimators import Eigendecomposition, wide
 from .._layers import any_parameters_of, trainable
 from .._math import linalg
+from .._math.arguments import single_key
 from .._math.scalars import positive
 from .._math.tree import dot
 from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
@@ -186,6 +187,7 @@ class Laplace(eqx.Module):
         **Returns:** a model like the one given.
         """
         flat, unravel = ravel_pytree(wide(self.parameters))
+        key = single_key(key)
         change = self._root(unravel(jax.random.normal(key, flat.shape, flat.dtype)))
         return eqx.combine(jax.tree.map(lambda x, by: (x + by).astype(x.dtype), self.parameters, change), self.rest)
 

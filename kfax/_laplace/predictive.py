@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._math import linalg
+from .._math.arguments import single_key
 from .._math.types import PRNGKey
 
 
@@ -64,7 +65,7 @@ class Predictive(eqx.Module):
         """
         # Of a covariance that may be singular: by eigenvalues, which rounding may have made negative.
         values, vectors = linalg.eigh(self._matrix())
-        noise = jax.random.normal(key, values.shape, values.dtype)
+        noise = jax.random.normal(single_key(key), values.shape, values.dtype)
         change = linalg.matmul(vectors, jnp.sqrt(jnp.maximum(values, 0)) * noise)
         return self.mean + change.reshape(self.mean.shape)
 

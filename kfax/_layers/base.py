@@ -276,6 +276,8 @@ def from_matrices(tree: Parameters, matrices: Mapping[str, Shaped[Array, "..."]]
 
     **Raises:** `ValueError` if keys or shapes are not those of `tree`.
     """
+    if not isinstance(matrices, Mapping):
+        raise ValueError(f"`matrices` must be a dictionary, as of `kfax.to_matrices`, got {type(matrices).__name__}.")
     shapes = {key: part.operation.shape() for key, part in parts(tree).items()}
     expected = {key: (*shape.leading, shape.d_g, shape.d_a) for key, shape in shapes.items()}
     found = {key: jnp.shape(matrix) for key, matrix in matrices.items()}

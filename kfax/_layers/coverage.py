@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax
 
+from .._math.arguments import whole_number
 from .._math.types import Model, Where
 from .base import is_tagged, layer_parts, Part, parts, TaggedLayer
 from .devices import device_rows, DeviceRow
@@ -105,8 +106,7 @@ def coverage(model: Model, *, frozen: Where | None = None, devices: int = 1) -> 
 
     **Raises:** `ValueError` for a number of devices that is none.
     """
-    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
-        raise ValueError(f"`devices` must be a whole number, at least 1, got {devices!r}.")
+    whole_number("devices", devices)
     spec = trainable(model, frozen)
     kept = eqx.filter(model, spec)
     nodes = jax.tree_util.tree_leaves_with_path(eqx.filter(model, eqx.is_inexact_array), is_leaf=is_tagged)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._blocks import Block, EigenvalueCorrected, KroneckerFactored, KroneckerSum
+from .._math.arguments import selection
 from .._math.tree import distinct
 from .._math.types import Model, Parameters, PyTree, Where
 from .._operations import FactoredOperation, Transposed
@@ -48,6 +49,8 @@ class Registry:
             `None`, for modules that use the parameters of the layers inside them in ways of their own, and must not be
             searched for layers.
         """
+        if not (rules is None or isinstance(rules, Mapping)):
+            raise ValueError(f"`rules` must be a dictionary from types of modules to functions, got {rules!r}.")
         self.rules = types.MappingProxyType(dict(rules or {}))
 
     def register(self, module_type: type, rule: Rule) -> "Registry":
@@ -146,6 +149,12 @@ def tag(
     one to a layer that does something else with it than multiply by the same matrix or its transpose.
     """
 
+    if not isinstance(registry, Registry):
+        raise ValueError(
+            "`registry` must be a `kfax.Registry`, such as `kfax.default_registry.register(MyModule, rule)`, got "
+            f"{registry!r}."
+        )
+
     def is_layer(node):
         return is_tagged(node) or type(node) in registry.rules
 
@@ -198,11 +207,8 @@ def set_block(model: Model, where: Where | str, block: Block | Mapping[str, Bloc
     layers = tagged_layers(model)
     if not isinstance(block, Block | Mapping):
         raise ValueError(f"`block` of `kfax.set_block` must be a block, such as `kfax.Diagonal()`, got {block!r}.")
-    if is_tagged(where) or not (callable(where) or isinstance(where, str)):
-        raise ValueError(
-            "`where` of `kfax.set_block` must be a function of the model, as in `lambda model: model.layers[0]`, or a "
-            f"path, as in `'.layers[0]'`, got {type(where).__name__}."
-        )
+    if not isinstance(where, str):
+        selection("`where` of `kfax.set_block`, if it is no path such as `'.layers[0]'`,", where)
     if isinstance(where, str):
         chosen = {path: layer for path, layer in layers.items() if _is_within(path, where)}
     else:
@@ -318,12 +324,7 @@ def trainable(model: Model, frozen: Where | None) -> PyTree:
     """Which leaves of a model are to be trained: all real floating-point arrays but those in `frozen(model)`."""
     excluded = set()
     if frozen is not None:
-        model = distinct(model)
-        if not callable(frozen):
-            raise ValueError(
-                "`frozen` must be a function of the model, as in `frozen=lambda model: model.layers[0]`, got "
-                f"{frozen!r}."
-            )
+        frozen, model = selection("`frozen`", frozen), distinct(model)
         excluded = {id(leaf) for leaf in jax.tree.leaves(frozen(model)) if eqx.is_array(leaf)}
         unknown = excluded - {id(leaf) for leaf in jax.tree.leaves(model)}
         if unknown or not excluded:

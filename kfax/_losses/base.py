@@ -11,6 +11,7 @@ import numpy as np
 from equinox import AbstractVar
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from .._math.arguments import array, flag
 from .._math.tree import is_traced
 from .._math.types import PRNGKey, Scalar
 
@@ -266,7 +267,7 @@ def make_weighting(
     num_examples = outputs.shape[0]
     dtype = jnp.promote_types(outputs.dtype, jnp.float32)
     if weights is not None:
-        given, weights = weights, jnp.asarray(weights, dtype)
+        given, weights = weights, array(f"`weights` of `{name}`", weights, dtype)
         if weights.shape != (num_examples,):
             raise ValueError(
                 f"`weights` of `{name}` must have one number for each example, shape {(num_examples,)}, got "
@@ -278,14 +279,14 @@ def make_weighting(
                 f"`weights` of `{name}` must be finite and not negative. Of an example that is not to count it is 0."
             )
     if mask is not None:
-        mask = jnp.asarray(mask)
+        mask = array(f"`mask` of `{name}`", mask)
         if mask.dtype != jnp.bool_ or mask.ndim == 0 or mask.shape != positions[: mask.ndim]:
             raise ValueError(
                 f"`mask` of `{name}` must be boolean, True where a position counts, and of shape {positions} or "
                 f"{(num_examples,)}, got {mask.dtype} of shape {mask.shape}."
             )
     weighting = Weighting(weights, mask, jnp.ones((), dtype))
-    if mean_over_positions:
+    if flag("mean_over_positions", mean_over_positions):
         # The mean is over all positions that count: the sum, divided by their (weighted) mean number in an example.
         counts = jnp.broadcast_to(weighting.coefficients(positions), positions)
         weighting = Weighting(weights, mask, weighting.scale, jnp.sum(counts) / num_examples)
@@ -324,7 +325,9 @@ def real_targets(
     name: str, targets: ArrayLike, outputs: Float[Array, "n ..."], weighting: Weighting, noun: str = "targets"
 ) -> Array:
     """Targets of the outputs' shape and dtype."""
-    targets = jnp.asarray(targets)
+    targets = array(f"`{noun}` of `{name}`", targets)
+    if jnp.iscomplexobj(targets):
+        raise ValueError(f"`{noun}` of `{name}` must be real numbers, got {targets.dtype}.")
     if targets.shape != outputs.shape:
         raise ValueError(
             f"`{noun}` of `{name}` must have the shape of the outputs, {outputs.shape}, got {targets.shape}."

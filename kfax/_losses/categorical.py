@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from .._math.arguments import array
 from .._math.types import PRNGKey
 from .base import check_outputs, hide, NaturalLoss, real_targets, weigh_outputs, Weighting
 
@@ -79,7 +80,7 @@ def softmax_cross_entropy(
             f"`softmax_cross_entropy` takes logits of shape `(n, ..., classes)`, got {logits.shape}. Call the model as "
             "`jax.vmap(model)(inputs)`; for a single logit for each example use `sigmoid_cross_entropy`."
         )
-    labels = jnp.asarray(labels)
+    labels = array("`labels` of `softmax_cross_entropy`", labels)
     outputs, weighting = weigh_outputs("softmax_cross_entropy", logits, weights, mask, mean_over_positions)
     if jnp.issubdtype(labels.dtype, jnp.integer):
         if labels.shape != logits.shape[:-1] and labels.shape != logits.shape:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._math.arguments import single_key
 from .._math.mesh import on_automatic_axes
 from .._math.types import PRNGKey
 from .base import Loss, NaturalLoss
@@ -45,7 +46,7 @@ def check_loss(loss: Loss, *, key: PRNGKey) -> tuple[str, ...]:
     dtype = loss.outputs.dtype
     if dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"`check_loss` takes float32 or float64 outputs, to tell errors from rounding, got {dtype}.")
-    return _Check(loss, key).run()
+    return _Check(loss, single_key(key)).run()
 
 
 class _Check:

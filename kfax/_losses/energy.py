@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
+from .._math.arguments import array
 from .._math.scalars import positive
 from .._math.types import PRNGKey
 from .base import check_outputs, NaturalLoss, weigh_outputs, Weighting
@@ -92,7 +93,7 @@ def energy_loss(
             "`energy_loss` takes log |ψ| of shape (n,), or real and imaginary part of log ψ, (n, 2), got "
             f"{log_psi.shape}."
         )
-    energies = jax.lax.stop_gradient(jnp.asarray(local_energies))
+    energies = jax.lax.stop_gradient(array("`local_energies` of `energy_loss`", local_energies))
     if energies.shape != log_psi.shape[:1]:
         raise ValueError(
             f"`local_energies` of `energy_loss` must have one number for each example, shape {log_psi.shape[:1]}, got "

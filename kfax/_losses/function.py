@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
+from .._math.arguments import function as function_of, whole_number
 from .._math.linalg import eigh, matmul
 from .._math.types import ArrayTree, PRNGKey, PyTree
 from .base import check_outputs, expand, Loss, make_weighting, Weighting
@@ -187,7 +188,11 @@ def function_loss(
     not return a scalar.
     """
     check_outputs("function_loss", outputs)
-    if not 0 <= event_ndim < outputs.ndim:
+    function_of("function", function, "lambda f, y: jnp.sum((f - y) ** 2)")
+    if sample is not None:
+        function_of("sample", sample, "lambda key, f: f + jax.random.normal(key, f.shape)")
+    whole_number("max_dim", max_dim, 0)
+    if whole_number("event_ndim", event_ndim, 0) >= outputs.ndim:
         raise ValueError(
             f"With `event_ndim={event_ndim}` `function_loss` takes outputs with {event_ndim} axes after that of the "
             f"examples, got {outputs.shape}. If each example has a single output use `event_ndim=0`."

@@ -6,11 +6,12 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
+from .._math.arguments import array
 from .._math.types import Scalar
 
 
 def _scalar(value: Any) -> Scalar:
-    value = jnp.asarray(value)
+    value = array("`value` of `kfax.Penalty`", value)
     if value.ndim != 0 or not jnp.isrealobj(value):
         raise ValueError(
             f"`Penalty` takes a single real number, got {value.dtype} of shape {value.shape}. Sum or average it first."

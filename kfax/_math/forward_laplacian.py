@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, Literal
 from jaxtyping import Array, Float
 
+from .arguments import function as function_of
 from .types import PyTree
 
 
@@ -45,6 +46,8 @@ def forward_laplacian(function: Callable[[Array], PyTree]) -> Callable[[Array], 
     ??? cite "Source"
         Li et al. 2024, arXiv:2307.08214 (Forward Laplacian).
     """
+
+    function_of("function", function, "lambda x: jnp.sum(x**2)")
 
     @functools.wraps(function)
     def derivatives(x):

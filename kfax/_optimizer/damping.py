@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool
 
 from .._estimators import check_deterministic, CurvatureSource
+from .._math.arguments import flag, function, whole_number
 from .._math.scalars import at_least_one, not_a_class, positive, scalar, scheduled, within_unit
 from .._math.tree import is_traced
 from .._math.types import Counter, Scalar, Schedule
@@ -81,6 +82,9 @@ class ScheduledDamping(DampingRule):
     """
 
     schedule: Schedule
+
+    def __check_init__(self) -> None:
+        function("schedule", self.schedule, "lambda step: 0.1 * 0.99**step")
 
     def init(self) -> Scalar:
         return scheduled("damping", self.schedule, jnp.zeros((), jnp.int32), positive)
@@ -193,8 +197,6 @@ class LevenbergMarquardt(DampingRule):
 
         **Raises:** `ValueError` for values out of their range.
         """
-        if isinstance(period, bool) or not isinstance(period, int) or period < 1:
-            raise ValueError(f"`period` of `LevenbergMarquardt` must be a whole number, at least 1, got {period!r}.")
         self.initial = positive("initial", initial)
         self.decay = within_unit("decay", decay)
         self.lower = scalar("lower", lower)
@@ -207,9 +209,9 @@ class LevenbergMarquardt(DampingRule):
         self.upper = jnp.where(self.lower <= self.upper, self.upper, jnp.nan)
         self.maximum = jnp.where(self.minimum <= self.maximum, self.maximum, jnp.nan)
         self.undone_factor = None if undone_factor is None else at_least_one("undone_factor", undone_factor)
-        self.period = period
+        self.period = whole_number("period", period)
         self.exact_model = None if exact_model is None else check_deterministic("exact_model", exact_model)
-        self.includes_damping = includes_damping
+        self.includes_damping = flag("includes_damping", includes_damping)
 
     def init(self) -> Scalar:
         return self.initial

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from .._layers import to_matrices
+from .._math.arguments import selection
 from .._math.scalars import nonnegative
 from .._math.tree import distinct
 from .._math.types import Model, Parameters, PyTree, Scalar, Where
@@ -31,8 +32,8 @@ class L2(eqx.Module):
         **Raises:** `ValueError` for values out of their range; at the first use for a `where` that selects nothing that
         is trained.
         """
-        if not (where is None or callable(where)):
-            raise ValueError(f"`where` of `kfax.L2` must be a function of the model, got {where!r}.")
+        if where is not None:
+            selection("`where` of `kfax.L2`", where)
         self.coefficient = None if coefficient is None else nonnegative("l2", coefficient)
         self.where = where
 

@@ -74,6 +74,8 @@ def scale_by_curvature(
 
     **Raises:** `ValueError` for values out of their range, and for a damping that would have to see the loss.
     """
+    if not callable(loss_fn):
+        raise ValueError(f"`loss_fn` must be a function of model and batch, got {type(loss_fn).__name__}.")
     damping = own_damping(damping)
     check_blind("damping", rule_of(damping))
     if not (preconditioner is None or isinstance(preconditioner, Preconditioner)):

@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool
 from .._capture import linearize, Problem, split_key
 from .._estimators import CurvatureEstimator, ExplicitExactCurvature, measured_across
 from .._layers import any_parameters_of
+from .._math.arguments import flag, whole_number
 from .._math.mesh import on_automatic_axes
 from .._math.moving_average import MovingAverage
 from .._math.scalars import nonnegative, not_a_class, positive, within_closed_unit
@@ -20,7 +21,7 @@ from .._math.types import Model, PRNGKey, PyTree, Schedule, Where
 from .damping import DampingRule, own_damping, RelativeDamping
 from .l2 import L2
 from .objective import Objective, objective_on, problem_with
-from .preconditioner import check_period, Preconditioner
+from .preconditioner import Preconditioner
 from .quadratic import QuadraticModel
 from .rescale import LossConstraint, NormConstraint, ProjectedMomentum, Rejection
 from .state import OptimizerState, parameters_for, StepInfo
@@ -95,7 +96,7 @@ class Optimizer(eqx.Module):
         """
         if not callable(loss_fn):
             raise ValueError(f"`loss_fn` must be a function of model and batch, got {type(loss_fn).__name__}.")
-        check_period("micro_batches", micro_batches)
+        whole_number("micro_batches", micro_batches)
         preconditioner = Preconditioner() if preconditioner is None else preconditioner
         if not isinstance(preconditioner, Preconditioner):
             raise ValueError(f"`preconditioner` must be a `kfax.Preconditioner(...)`, got {preconditioner!r}.")
@@ -129,7 +130,7 @@ class Optimizer(eqx.Module):
         self.preconditioner = preconditioner
         self.rejection = rejection
         self.micro_batches = micro_batches
-        self.report_layers = report_layers
+        self.report_layers = flag("report_layers", report_layers)
         self.frozen = frozen
 
     @property

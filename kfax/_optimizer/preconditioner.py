@@ -17,6 +17,7 @@ from .._estimators import (
     PlacedCurvature,
     SampleSpaceCurvature,
 )
+from .._math.arguments import whole_number
 from .._math.scalars import nonnegative
 from .._math.tree import anywhere, cond, keep_finite, mean, zeros_like
 from .._math.types import Counter, Model, Parameters, Scalar, Schedule, Where
@@ -37,7 +38,7 @@ class Staggered(eqx.Module):
     period: int = eqx.field(static=True)
 
     def __check_init__(self) -> None:
-        check_period("period", self.period)
+        whole_number("period", self.period)
 
 
 class PreconditionerState(eqx.Module):
@@ -102,7 +103,7 @@ class Preconditioner(eqx.Module):
             raise ValueError(f"`estimator` must be a curvature estimator, got {estimator!r}.")
         if isinstance(exponent, bool) or not (isinstance(exponent, int | float) and -1 <= exponent < 0):
             raise ValueError(f"`exponent` must be at least -1 and below 0, such as -1 or -1/2, got {exponent!r}.")
-        check_period("curvature_update_period", curvature_update_period)
+        whole_number("curvature_update_period", curvature_update_period)
         if not (batch is None or callable(batch)):
             raise ValueError(
                 f"`batch` must be a function of batch and count, such as `kfax.Fraction(1 / 8)`, got {batch!r}."
@@ -114,7 +115,7 @@ class Preconditioner(eqx.Module):
                     "`kfax.PlacedCurvature`, and an `exponent` of -1. Otherwise give `inverse_update_period` a number."
                 )
         else:
-            check_period("inverse_update_period", inverse_update_period)
+            whole_number("inverse_update_period", inverse_update_period)
         if isinstance(estimator, OF_ONE_BATCH) and curvature_update_period != 1:
             name = type(estimator).__name__
             raise ValueError(f"`kfax.{name}` is that of the present batch: its `curvature_update_period` must be 1.")
@@ -273,8 +274,3 @@ def _immovable(shapes: Eigendecomposition) -> Eigendecomposition:
 
 def is_due(step: Counter, period: int) -> Bool[Array, ""] | bool:
     return True if period == 1 else step % period == 0
-
-
-def check_period(name: str, period: Any) -> None:
-    if isinstance(period, bool) or not isinstance(period, int) or period < 1:
-        raise ValueError(f"`{name}` must be a whole number, at least 1, got {period!r}.")

@@ -26,7 +26,7 @@ WRONG = {
     "True": True,
     "list": [],
     "class": kfax.ExactGGN,
-    "function": lambda: None,
+    "function": lambda *args, **options: None,
     "object": object(),
     "shape": jnp.ones((2, 7, 3)),
     "empty": jnp.ones((0,)),

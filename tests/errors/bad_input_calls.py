@@ -1,4 +1,4 @@
-"""A right call of each callable that users call, with all its arguments by name: into these `bad_input.py` puts wrong ones."""
+"""A right call of each callable that users call, by names of arguments: `bad_input.py` puts wrong ones into it."""
 
 import equinox as eqx
 import jax

@@ -47,12 +47,19 @@ def linearize_outputs(problem: Problem) -> Outputs:
     pull, push, arrays = _forwards(outputs, parameters) or _backwards(outputs, parameters)
 
     def pushed(vector):
+        _check_like("`vector` must be a PyTree like `kfax.parameters_of(model)`", vector, parameters)
         with explained(_PUSH):
             return push(on_each(problem.loss_fn, vector))
 
     # In a compiled program it is traced once for several vectors; outside of one it would be compiled for each batch.
     pushed = jax.jit(pushed) if is_traced(problem) else pushed
     return Outputs(eqx.combine(arrays, rest[-1]), pull, pushed)
+
+
+def _check_like(rule: str, found: PyTree, expected: PyTree) -> None:
+    shapes, others = (jax.tree.map(jnp.shape, tree) for tree in (expected, found))
+    if shapes != others:
+        raise ValueError(f"{rule}, with its arrays' shapes, got {type(found).__name__}.")
 
 
 def _forwards(outputs: Callable, parameters: Parameters) -> tuple[Callable, Callable, PyTree] | None:

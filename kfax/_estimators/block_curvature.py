@@ -38,8 +38,11 @@ class BlockCurvature(eqx.Module):
 
         **Raises:** `ValueError` for another shape.
         """
-        if vector.shape != self._matrix:
-            raise ValueError(f"This block acts on a matrix of shape {self._matrix}, got {vector.shape}.")
+        if not eqx.is_array(vector) or vector.shape != self._matrix:
+            found = vector.shape if eqx.is_array(vector) else type(vector).__name__
+            raise ValueError(
+                f"`vector` must be a matrix of shape {self._matrix}, on which this block acts, got {found}."
+            )
         return self.block.multiply(self.shape, self.statistics, vector)
 
     def diagonal(self) -> Float[Array, "*leading d_g d_a"]:

@@ -32,7 +32,7 @@ from .block_curvature import BlockCurvature
 from .damping import damping_by_key, damping_by_parameter
 from .eigendecomposition import BlockEigendecomposition
 from .placement import Placement
-from .products import block_shapes, blocks_of, BlockShapes, VECTORS
+from .products import block_shapes, blocks_of, BlockShapes, check_state, VECTORS
 from .refresh import factorize, inverses_of, placed_inverses_of
 from .sources import column, CurvaturePropagation, CurvatureSource
 
@@ -111,7 +111,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
 
     def linearize(self, problem: Problem, state: BlockDiagonalState) -> Linearization:
         found = parts(problem.parameters)
-        check_keys(state.inverses, found)
+        check_keys(check_state(state, BlockDiagonalState).inverses, found)
         read = functools.partial(read_statistics, state.average.value)
         counts_uses = any(part.block.counts_uses for part in found.values())
         return linearize(problem, read, example_axis=self.example_axis, counts_uses=counts_uses)
@@ -180,7 +180,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
 
         **Returns:** by key, as in [`kfax.coverage`][], a [`kfax.BlockCurvature`][].
         """
-        found, values = blocks_of(parameters, state.shapes), state.average.value
+        found, values = blocks_of(parameters, check_state(state, BlockDiagonalState).shapes), state.average.value
         return {key: BlockCurvature(part.block, part.operation.shape(), values[key]) for key, part in found.items()}
 
     def refresh_flops(self, parameters: Parameters) -> dict[str, int]:
@@ -260,12 +260,13 @@ class BlockDiagonalCurvature(CurvatureEstimator):
             moment = block.second_moment(shape, empty.cotangents, given)
             return block.statistics(shape, empty.inputs, moment, None, 1, given)
 
-        values = {key: of_no_example(key, part) for key, part in blocks_of(parameters, state.shapes).items()}
+        found = blocks_of(parameters, check_state(state, BlockDiagonalState).shapes)
+        values = {key: of_no_example(key, part) for key, part in found.items()}
         average = MovingAverage(values, jnp.zeros_like(self.weight(state)))
         return BlockDiagonalState(average, state.inverses, state.shapes)
 
     def decompose(self, state: BlockDiagonalState, parameters: Parameters) -> BlockEigendecomposition:
-        found, values = blocks_of(parameters, state.shapes), state.average.value
+        found, values = blocks_of(parameters, check_state(state, BlockDiagonalState).shapes), state.average.value
         factors = {key: part.block.factors(part.operation.shape(), values[key]) for key, part in found.items()}
         pairs = factorize(linalg.eigh, factors)
         spectra = {
@@ -302,7 +303,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         leaves = jax.tree.leaves(parameters)
         size = sum(leaf.size for leaf in leaves)
         dense = jnp.zeros((size, size), jnp.result_type(jnp.float32, *leaves))
-        for key, part in blocks_of(parameters, state.shapes).items():
+        for key, part in blocks_of(parameters, check_state(state, BlockDiagonalState).shapes).items():
             blocks = part.block.to_dense(part.operation.shape(), state.average.value[key])
             blocks = blocks.reshape(-1, *blocks.shape[-2:])
             rows = positions[key].reshape(len(blocks), -1)
@@ -380,12 +381,12 @@ def _by_key(
     state: BlockDiagonalState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
 ) -> tuple[dict[str, Part], dict[str, Scalar]]:
     """The parts of the parameters, and a damping for each."""
-    found = blocks_of(parameters, state.shapes)
+    found = blocks_of(parameters, check_state(state, BlockDiagonalState).shapes)
     return found, damping_by_key(tuple(found), damping)
 
 
 def _by_part(function: Callable, state: BlockDiagonalState, vector: Parameters) -> Parameters:
-    found, matrices = blocks_of(vector, state.shapes), to_matrices(vector)
+    found, matrices = blocks_of(vector, check_state(state, BlockDiagonalState).shapes), to_matrices(vector)
     return from_matrices(vector, {key: function(key, part, matrices[key]) for key, part in found.items()})
 
 

@@ -23,7 +23,17 @@ from .base import CurvatureEstimator, inverse_of, operator_of, total_weight
 from .damping import damping_by_parameter
 from .eigendecomposition import DenseEigendecomposition
 from .examples import rows_of_examples
-from .products import check_layout, check_matrix, compare_layouts, dense, Hessian, Layout, layout_of, linear_map
+from .products import (
+    check_layout,
+    check_matrix,
+    check_state,
+    compare_layouts,
+    dense,
+    Hessian,
+    Layout,
+    layout_of,
+    linear_map,
+)
 from .sources import CurvatureSource, ExactGGN
 
 
@@ -131,7 +141,7 @@ class ExplicitExactCurvature(CurvatureEstimator):
         return ExplicitExactBatch(MovingAverage(matrix, total_weight(losses)), layout_of(problem.parameters))
 
     def fold(self, state: ExplicitExactState, measured: ExplicitExactBatch) -> ExplicitExactState:
-        compare_layouts(measured.layout, state.layout)
+        compare_layouts(measured.layout, check_state(state, ExplicitExactState).layout)
         average = state.average.update(measured.average.value, self.decay, measured.average.weight)
         return ExplicitExactState(average, state.inverse, state.layout)
 
@@ -163,7 +173,7 @@ class ExplicitExactCurvature(CurvatureEstimator):
 
         **Returns:** the state with a new inverse.
         """
-        check_layout(parameters, state.layout)
+        check_layout(parameters, check_state(state, ExplicitExactState).layout)
         by_parameter = ravel_pytree(damping_by_parameter(parameters, damping))[0].astype(state.average.value.dtype)
         # What all parameters have in common may change by `redamp`.
         common = jnp.min(by_parameter)
@@ -197,11 +207,12 @@ class ExplicitExactCurvature(CurvatureEstimator):
 
         **Returns:** the state with another damping if the inversion is [`kfax.Eigh`][], or else the same one.
         """
+        check_layout(parameters, check_state(state, ExplicitExactState).layout)
         common = jnp.min(ravel_pytree(damping_by_parameter(parameters, damping))[0])
         return ExplicitExactState(state.average, state.inverse.redamp(common), state.layout)
 
     def decompose(self, state: ExplicitExactState, parameters: Parameters) -> DenseEigendecomposition:
-        check_layout(parameters, state.layout)
+        check_layout(parameters, check_state(state, ExplicitExactState).layout)
         product = self._product(state.average.value)
         return DenseEigendecomposition({"": product.spectrum((linalg.eigh(product.right),))}, state.layout)
 
@@ -214,22 +225,22 @@ class ExplicitExactCurvature(CurvatureEstimator):
         return self.decompose(state, parameters).eigenvalues()
 
     def solve(self, state: ExplicitExactState, vector: Parameters) -> Parameters:
-        check_layout(vector, state.layout)
+        check_layout(vector, check_state(state, ExplicitExactState).layout)
         flat, unravel = ravel_pytree(vector)
         return unravel(state.inverse.solve(flat))
 
     def multiply(self, state: ExplicitExactState, vector: Parameters) -> Parameters:
-        check_layout(vector, state.layout)
+        check_layout(vector, check_state(state, ExplicitExactState).layout)
         flat, unravel = ravel_pytree(vector)
         return unravel(self._product(state.average.value).multiply(flat))
 
     def diagonal(self, state: ExplicitExactState, parameters: Parameters) -> Parameters:
-        check_layout(parameters, state.layout)
+        check_layout(parameters, check_state(state, ExplicitExactState).layout)
         flat, unravel = ravel_pytree(parameters)
         return unravel(jnp.diagonal(state.average.value).astype(flat.dtype))
 
     def to_dense(self, state: ExplicitExactState, parameters: Parameters) -> Float[Array, "p p"]:
-        check_layout(parameters, state.layout)
+        check_layout(parameters, check_state(state, ExplicitExactState).layout)
         return state.average.value
 
     def as_operator(

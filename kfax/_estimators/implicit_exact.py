@@ -19,7 +19,7 @@ from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
 from .base import CurvatureEstimator, division_by, narrow, operator_of
 from .damping import damping_by_parameter, wide
 from .eigendecomposition import Eigendecomposition
-from .products import check_matrix, dense, Hessian, linear_map
+from .products import check_matrix, check_state, dense, Hessian, linear_map
 from .sources import CurvatureSource, ExactGGN
 
 
@@ -117,7 +117,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
         return ImplicitExactBatch(linearization.problem, key, inner)
 
     def fold(self, state: ImplicitExactState, measured: ImplicitExactBatch) -> ImplicitExactState:
-        inner = state.preconditioner
+        inner = check_state(state, ImplicitExactState).preconditioner
         if self.preconditioner is not None:
             inner = self.preconditioner.fold(inner, measured.preconditioner)
         return ImplicitExactState(measured.problem, measured.key, state.damping, inner)
@@ -150,7 +150,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
 
         **Returns:** the state with this damping, and the preconditioner refreshed.
         """
-        inner = state.preconditioner
+        inner = check_state(state, ImplicitExactState).preconditioner
         if self.preconditioner is not None:
             inner = self.preconditioner.refresh(inner, parameters, damping)
         return ImplicitExactState(state.problem, state.key, damping_by_parameter(parameters, damping), inner)
@@ -173,7 +173,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
         self, state: ImplicitExactState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
     ) -> ImplicitExactState:
         """As `refresh`, but without a refresh of the preconditioner."""
-        inner = state.preconditioner
+        inner = check_state(state, ImplicitExactState).preconditioner
         if self.preconditioner is not None:
             inner = self.preconditioner.redamp(inner, parameters, damping)
         return ImplicitExactState(state.problem, state.key, damping_by_parameter(parameters, damping), inner)
@@ -355,7 +355,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
         **Returns:** an operator on PyTrees like the parameters, tagged as positive semi-definite.
         """
         if self.preconditioner is None:
-            return division_by(state.damping)
+            return division_by(check_state(state, ImplicitExactState).damping)
         return self.preconditioner.as_preconditioner(state.preconditioner, parameters)
 
     # -- what takes a matrix --
@@ -387,7 +387,7 @@ _NOT_CONVERGED = (
 
 
 def _problem(state: ImplicitExactState) -> Problem:
-    if state.problem is None:
+    if check_state(state, ImplicitExactState).problem is None:
         raise ValueError("No batch was seen yet: `state = estimator.update(state, loss_fn, model, batch)`.")
     return state.problem
 

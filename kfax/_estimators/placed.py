@@ -34,7 +34,7 @@ from .block_diagonal import BlockDiagonalCurvature, BlockDiagonalState, check_ke
 from .damping import damping_by_key, damping_by_parameter
 from .eigendecomposition import BlockEigendecomposition
 from .placement import Groups, Kept, Placement
-from .products import block_shapes, blocks_of, BlockShapes
+from .products import block_shapes, blocks_of, BlockShapes, check_state
 from .refresh import inverses_of, whole
 
 
@@ -114,7 +114,7 @@ class PlacedCurvature(CurvatureEstimator):
         return PlacedState(MovingAverage(average, weight), kept, block_shapes(parts(parameters)))
 
     def linearize(self, problem: Problem, state: PlacedState) -> Linearization:
-        keys, found = [key for key, _ in state.shapes], parts(problem.parameters)
+        keys, found = [key for key, _ in check_state(state, PlacedState).shapes], parts(problem.parameters)
         check_keys(keys, found)
         # No block that can be kept in parts asks for its statistics.
         read = functools.partial(read_statistics, dict.fromkeys(keys))
@@ -203,21 +203,21 @@ class PlacedCurvature(CurvatureEstimator):
         def one(piece, inverse, v):
             return inverse.solve(v)
 
-        return self._by_block(one, state.inverses, state, vector)
+        return self._by_block(one, check_state(state, PlacedState).inverses, state, vector)
 
     @on_automatic_axes
     def multiply(self, state: PlacedState, vector: Parameters) -> Parameters:
         def one(piece, statistics, v):
             return piece.block.multiply(piece.shape, statistics, v)
 
-        return self._by_block(one, state.average.value, state, vector)
+        return self._by_block(one, check_state(state, PlacedState).average.value, state, vector)
 
     @on_automatic_axes
     def diagonal(self, state: PlacedState, parameters: Parameters) -> Parameters:
         def one(piece, statistics, v):
             return piece.block.diagonal(piece.shape, statistics).reshape(v.shape).astype(v.dtype)
 
-        return self._by_block(one, state.average.value, state, parameters)
+        return self._by_block(one, check_state(state, PlacedState).average.value, state, parameters)
 
     def to_dense(self, state: PlacedState, parameters: Parameters) -> Float[Array, "p p"]:
         return self.estimator.to_dense(self.gathered(state), parameters)
@@ -243,7 +243,8 @@ class PlacedCurvature(CurvatureEstimator):
 
         **Returns:** the state, with all factors and inverses.
         """
-        average = MovingAverage(whole(self.placement.gather(state.average.value)), state.average.weight)
+        values = whole(self.placement.gather(check_state(state, PlacedState).average.value))
+        average = MovingAverage(values, state.average.weight)
         return BlockDiagonalState(average, whole(self.placement.gather(state.inverses)), state.shapes)
 
     @on_automatic_axes
@@ -259,7 +260,7 @@ class PlacedCurvature(CurvatureEstimator):
 
         **Raises:** `ValueError` for a state of other parameters.
         """
-        blocks_of(parameters, state.shapes)
+        blocks_of(parameters, check_state(state, BlockDiagonalState).shapes)
         groups = groups_of(costs_of(self._pieces(parameters)), self.placement.num_devices)
         average, inverses = (self._shared_out(groups, by_key) for by_key in (state.average.value, state.inverses))
         return PlacedState(MovingAverage(average, state.average.weight), inverses, state.shapes)
@@ -311,7 +312,7 @@ class PlacedCurvature(CurvatureEstimator):
         damping: ArrayLike | Mapping[str, ArrayLike],
     ) -> tuple[PlacedState, Bool[Array, ""]]:
         """The state with new inverses, and whether any device tells of a failure."""
-        pieces, found = self._pieces(parameters), blocks_of(parameters, state.shapes)
+        pieces, found = self._pieces(parameters), blocks_of(parameters, check_state(state, PlacedState).shapes)
         by_key = damping_by_key(tuple(found), damping)
 
         def run(dampings, statistics, inverses):
@@ -326,7 +327,7 @@ class PlacedCurvature(CurvatureEstimator):
         self, function: Callable[[Piece, Any, Array], Array], own: Kept, state: PlacedState, vector: Parameters
     ) -> Parameters:
         """A function of each block's matrix, where the block is; the results on all devices."""
-        blocks_of(vector, state.shapes)
+        blocks_of(vector, check_state(state, PlacedState).shapes)
         pieces, matrices = self._pieces(vector), to_matrices(vector)
 
         def run(given, mine):

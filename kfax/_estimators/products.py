@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Hashable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
@@ -71,6 +71,9 @@ def _multiply(
     return linear_map(source, problem, key)(vector)
 
 
+_State = TypeVar("_State")
+
+
 VECTORS = (
     "Vectors are like `kfax.parameters_of(model)`, or `kfax.parameters_of(model, frozen=...)` if `update` was given "
     "`frozen=`."
@@ -114,6 +117,16 @@ def blocks_of(vector: Parameters, expected: BlockShapes) -> dict[str, Part]:
     if size != sum(part.operation.shape().num_parameters for part in found.values()):
         raise ValueError(f"A vector has arrays that belong to no block. {VECTORS}")
     return found
+
+
+def check_state(state: Any, kind: type[_State]) -> _State:
+    """The state, of the kind that an estimator's methods take."""
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"`state` must be a `kfax.{kind.__name__}`, as of the `init` and `update` of the estimator, got "
+            f"{type(state).__name__}."
+        )
+    return state
 
 
 def dense(multiply: Callable[[Parameters], Parameters], like: Parameters) -> Float[Array, "p p"]:

@@ -140,6 +140,7 @@ class ConjugateGradients(eqx.Module):
 
         **Returns:** the new state.
         """
+        _check_state(state)
         exact = ImplicitExactCurvature(self.source)
         options = {"key": key, "model_state": model_state, "frozen": frozen}
         problem = exact.update(exact.init(model, frozen=frozen), loss_fn, model, batch, **options)
@@ -161,6 +162,7 @@ class ConjugateGradients(eqx.Module):
 
         **Raises:** an error, when run, if no batch was taken in since the last step.
         """
+        _check_state(state)
         decrement = eqx.error_if(state.decrement, state.product.weight == 0, _NO_PASS)
         direction = state.direction
         product = jax.tree.map(lambda c, p: c + state.damping.astype(p.dtype) * p, state.product.value, direction)
@@ -188,6 +190,11 @@ _NO_PASS = (
     "`kfax.ConjugateGradients.step` needs a pass over the data set: `state = solver.update(state, loss_fn, model, "
     "batch)` for each batch, then `state = solver.step(state)`."
 )
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, ConjugateGradientsState):
+        raise ValueError(f"`state` must be that of the solver, as of its `init`, got {type(state).__name__}.")
 
 
 def _ratio(numerator: Float[Array, " q"], denominator: Float[Array, " q"]) -> Float[Array, " q"]:

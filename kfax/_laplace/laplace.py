@@ -12,7 +12,7 @@ from .._estimators import Eigendecomposition, wide
 from .._layers import any_parameters_of, trainable
 from .._math import linalg
 from .._math.arguments import single_key
-from .._math.scalars import positive
+from .._math.scalars import positive, scalar
 from .._math.tree import dot
 from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
 from .predictive import Predictive
@@ -131,7 +131,7 @@ class Laplace(eqx.Module):
         """
         determinant = jnp.sum(jnp.log1p(self.spectrum.eigenvalues() / self._damping))
         penalty = self.prior_precision * dot(self.parameters, self.parameters)
-        return jnp.asarray(log_likelihood, jnp.result_type(float)) - penalty / 2 - determinant / 2
+        return scalar("log_likelihood", log_likelihood) - penalty / 2 - determinant / 2
 
     def predict(self, function: Callable[[Model], Array]) -> Predictive:
         r"""The distribution of outputs f, of the model linearized in its parameters.

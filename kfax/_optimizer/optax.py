@@ -130,6 +130,8 @@ class _Link(eqx.Module):
             )
         loss_key, source_key = split_key(self.loss_fn, key)
         problem = Problem(self.loss_fn, model, batch, loss_key, model_state, self.frozen)
+        if not isinstance(state, ScaleByCurvatureState):
+            raise ValueError(f"`state` must be what `init` or `update` returned, got {type(state).__name__}.")
         parameters, step = problem.parameters, state.step
         gradient = _restrict(updates, parameters)
         number, bound = self._numbers(step)

@@ -255,9 +255,9 @@ class Optimizer(eqx.Module):
 
         **Raises:** `ValueError` if the damping rule does not adapt.
         """
+        problem, key = self._problem(model, state, batch, key, model_state)
         if self._rules.rule.wants_ratio(state.step) is False:
             raise ValueError("`calibrate` needs a damping that adapts, such as `kfax.LevenbergMarquardt(1.0)`.")
-        problem, key = self._problem(model, state, batch, key, model_state)
         objective, state, _ = self._observe(problem, state, key, due=True, is_wanted=True)
         fresh = eqx.tree_at(lambda s: s.preconditioner.is_stale, state, jnp.ones((), bool))
 
@@ -293,6 +293,8 @@ class Optimizer(eqx.Module):
 
         **Returns:** zeros, and `None` for `step`, in the structure of the state.
         """
+        if not isinstance(state, OptimizerState):
+            raise ValueError(f"`state` must be that of an optimizer, got {type(state).__name__}.")
         axes = jax.tree.map(lambda _: 0, state)
         return eqx.tree_at(lambda s: s.step, axes, None)
 

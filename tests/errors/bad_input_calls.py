@@ -222,6 +222,7 @@ CALLS = {
         "updates": eqx.filter(MODEL, eqx.is_inexact_array),
         "state": LINK.init(eqx.filter(MODEL, eqx.is_inexact_array)),
         "params": None,
+        "key": KEY,
     },
 }
 
@@ -254,6 +255,14 @@ for name, arguments in {
     "multiply_factor_transpose": {"vector": PARAMETERS},
 }.items():
     CALLS[f"ImplicitExactCurvature.{name}"] = {"state": STATES["ImplicitExactCurvature"], **arguments}
+
+for name in (
+    "ImplicitExactCurvature.eigenvalues",
+    "ImplicitExactCurvature.diagonal",
+    "ImplicitExactCurvature.decompose",
+):
+    del CALLS[name]  # always refused, and so are the next two
+del CALLS["SampleSpaceCurvature.diagonal"], CALLS["SampleSpaceCurvature.decompose"]
 
 OWNERS = {
     **ESTIMATORS,

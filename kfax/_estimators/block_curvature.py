@@ -40,9 +40,7 @@ class BlockCurvature(eqx.Module):
         """
         if not eqx.is_array(vector) or vector.shape != self._matrix:
             found = vector.shape if eqx.is_array(vector) else type(vector).__name__
-            raise ValueError(
-                f"`vector` must be a matrix of shape {self._matrix}, on which this block acts, got {found}."
-            )
+            raise ValueError(f"`vector` must be a matrix of shape {self._matrix} for this block, got {found}.")
         return self.block.multiply(self.shape, self.statistics, vector)
 
     def diagonal(self) -> Float[Array, "*leading d_g d_a"]:

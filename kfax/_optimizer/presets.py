@@ -46,6 +46,8 @@ def full_batch(
     **Returns:** a [`kfax.Optimizer`][].
     """
     auto = QuadraticModel() if quadratic_model is None else quadratic_model
+    if not isinstance(auto, QuadraticModel):
+        raise ValueError(f"`quadratic_model` must be a `kfax.QuadraticModel(...)` or `None`, got {auto!r}.")
     estimator = BlockDiagonalCurvature(decay=0.5) if estimator is None else estimator
     return Optimizer(
         loss_fn,

@@ -387,9 +387,9 @@ _NOT_CONVERGED = (
 
 
 def _problem(state: ImplicitExactState) -> Problem:
-    if check_state(state, ImplicitExactState).problem is None:
+    if (problem := check_state(state, ImplicitExactState).problem) is None:
         raise ValueError("No batch was seen yet: `state = estimator.update(state, loss_fn, model, batch)`.")
-    return state.problem
+    return problem
 
 
 def _refuse(what: str) -> NoReturn:

@@ -209,7 +209,8 @@ class SampleSpaceCurvature(CurvatureEstimator):
         self, state: SampleSpaceState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
     ) -> SampleSpaceState:
         """The state with another damping if the inversion is [`kfax.Eigh`][] and there is an inverse, or the same."""
-        if check_state(state, SampleSpaceState).inverse is None or not self.inversion.diagonalizes:
+        state = check_state(state, SampleSpaceState)
+        if state.inverse is None or not self.inversion.diagonalizes:
             return state
         number = jnp.where(jnp.isfinite(state.damping), _one(damping).astype(state.damping.dtype), state.damping)
         return SampleSpaceState(state.batch, state.inverse.redamp(number), number)
@@ -218,7 +219,8 @@ class SampleSpaceCurvature(CurvatureEstimator):
 
     @on_automatic_axes
     def solve(self, state: SampleSpaceState, vector: Parameters) -> Parameters:
-        if check_state(state, SampleSpaceState).batch is None or state.inverse is None:
+        state = check_state(state, SampleSpaceState)
+        if state.batch is None or state.inverse is None:
             return zeros_like(vector)
         factor, batch = self._factor(state.batch), state.batch
         rest = combine((1, -1), (wide(vector), wide(batch.gradient)))
@@ -290,7 +292,8 @@ _ONE_BATCH = (
 
 
 def _batch(state: SampleSpaceState) -> SampleSpaceBatch:
-    if check_state(state, SampleSpaceState).batch is None:
+    state = check_state(state, SampleSpaceState)
+    if state.batch is None:
         raise ValueError("No batch was seen yet: `state = estimator.update(state, loss_fn, model, batch)`.")
     return state.batch
 

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from .._math.arguments import loss_function
 from .._math.tree import tie
 from .._math.types import ArrayTree, Counter, PRNGKey, Scalar
 
@@ -50,11 +51,9 @@ def across(loss_fn: Callable, axis_name: str) -> Across:
 
     **Raises:** `ValueError` for an `axis_name` that is no name.
     """
-    if not callable(loss_fn):
-        raise ValueError(f"`loss_fn` must be a function of model and batch, got {type(loss_fn).__name__}.")
     if not isinstance(axis_name, str):
         raise ValueError(f"`axis_name` must be the name of a mesh axis, such as 'data', got {axis_name!r}.")
-    return Across(loss_fn, axis_name)
+    return Across(loss_function(loss_fn), axis_name)
 
 
 def on_each(loss_fn: Callable, tree: _Tree) -> _Tree:

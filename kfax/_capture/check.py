@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Shaped
 
 from .._layers import Part, parts, to_matrices
+from .._math.arguments import axis_name
 from .._math.mesh import on_automatic_axes
 from .._math.tree import inner_products, zeros_like
 from .._math.types import Model, PRNGKey, Where
@@ -48,6 +49,7 @@ def check(
     model is traced. Warns if examples see each other, for instance by negatives within the batch; not if they do by
     an `equinox.nn.BatchNorm` and the axis is named.
     """
+    axis_name("example_axis", example_axis)
     check_observed(Problem(loss_fn, model, batch, key, model_state, frozen), example_axis)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._losses import Loss, of_all_examples, Penalty
-from .._math.arguments import single_key
+from .._math.arguments import loss_function, single_key
 from .._math.types import Model, PRNGKey, Scalar
 from .across import own_key
 
@@ -40,18 +40,13 @@ class Evaluation(eqx.Module):
         return sum((loss.value() for loss in self.losses), self.penalty)
 
 
-def check_loss_fn(loss_fn: Callable) -> None:
-    if not callable(loss_fn) or isinstance(loss_fn, type):
-        raise ValueError(f"`loss_fn` must be a function of model and batch, got {type(loss_fn).__name__}.")
-
-
 def split_key(loss_fn: Callable, key: Any) -> tuple[PRNGKey | None, PRNGKey | None]:
     """A key for `loss_fn` and one for the curvature's source, of the one that a user gave, if any.
 
     They are the same if `loss_fn` takes none: a problem always has a key that is mapped as that of its source is, to
     which the slots are tied.
     """
-    check_loss_fn(loss_fn)
+    loss_function(loss_fn)
     if key is None:
         return None, None
     key = own_key(loss_fn, single_key(key))
@@ -70,8 +65,7 @@ def evaluate(
     among which may be penalties ([`kfax.Penalty`][]), or a tuple of that and more: `(losses, aux)`; or, if it takes a
     `model_state`, `(losses, model_state)` or `(losses, model_state, aux)`.
     """
-    check_loss_fn(loss_fn)
-    names = inspect.signature(loss_fn).parameters
+    names = inspect.signature(loss_function(loss_fn)).parameters
     _check_parameters(names)
     arguments = {}
     if "key" in names:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from .._example_axis import ExampleAxis
 from .._layers import Borrowed, borrowed, fill_slots, parameters_of, Part, parts, split_parameters, trainable
 from .._losses import Loss
+from .._math.arguments import frozen_nodes, loss_function, single_key
 from .._math.tree import tie
 from .._math.types import ArrayTree, Model, Parameters, PRNGKey, PyTree, Where
 from .._operations import Operation
@@ -59,6 +60,12 @@ class Problem(eqx.Module):
     key: PRNGKey | None = None
     model_state: Any = None
     frozen: Where | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self) -> None:
+        loss_function(self.loss_fn)
+        frozen_nodes(self.frozen)
+        if self.key is not None:
+            single_key(self.key)
 
     @property
     def parameters(self) -> Parameters:

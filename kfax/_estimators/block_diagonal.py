@@ -16,6 +16,7 @@ from .._blocks import immovable, Inverse
 from .._capture import check_observed, Linearization, linearize, Problem, Reading
 from .._layers import from_matrices, Part, parts, split_parameters, to_matrices
 from .._math import linalg
+from .._math.arguments import axis_name
 from .._math.mesh import on_automatic_axes
 from .._math.moving_average import MovingAverage
 from .._math.scalars import within_unit
@@ -90,7 +91,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         """
         self.source = check_source(source)
         self.decay = within_unit("decay", decay)
-        self.example_axis = example_axis
+        self.example_axis = axis_name("example_axis", example_axis)
         if not (placement is None or isinstance(placement, Placement)):
             raise ValueError(f"`placement` must be a `kfax.Placement(mesh)` or `None`, got {placement!r}.")
         self.placement = placement

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from .._capture import Cotangents
 from .._losses import Loss
+from .._math.arguments import whole_number
 from .._math.types import Counter, PRNGKey
 
 
@@ -183,7 +184,7 @@ class SampledFisher(CotangentSource):
 
         - `num_samples`: how many targets to draw for each example.
         """
-        self.num_samples = _check_samples(num_samples)
+        self.num_samples = whole_number("num_samples", num_samples)
 
     def num_cotangents(self, losses: tuple[Loss, ...]) -> int:
         del losses
@@ -218,7 +219,7 @@ class CurvaturePropagation(CotangentSource):
         """
         if not isinstance(source, CurvatureSource):
             raise ValueError(f"`source` must be a curvature source, such as `kfax.ExactGGN()`, got {source!r}.")
-        self.num_samples = _check_samples(num_samples)
+        self.num_samples = whole_number("num_samples", num_samples)
         self.source = source
 
     def num_cotangents(self, losses: tuple[Loss, ...]) -> int:
@@ -317,12 +318,6 @@ def _dot(left: Cotangents, right: Cotangents) -> Float[Array, " n"]:
     pairs = zip(left, right, strict=True)
     dtype = jnp.result_type(jnp.float32, *left, *right)
     return jnp.stack([jnp.sum((x * y).reshape(len(x), -1), axis=1, dtype=dtype) for x, y in pairs]).sum(0)
-
-
-def _check_samples(num_samples: int) -> int:
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"`num_samples` must be a number, at least 1, got {num_samples}.")
-    return num_samples
 
 
 def _split(key: PRNGKey | None, index: Counter, number: int) -> list[PRNGKey]:

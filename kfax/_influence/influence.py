@@ -14,6 +14,7 @@ from .._blocks import Diagonal
 from .._capture import linearize, Problem, Reading, split_key
 from .._estimators import CurvatureEstimator, total_weight
 from .._layers import from_matrices, Part, split_parameters, to_matrices
+from .._math.arguments import axis_name, frozen_nodes, loss_function
 from .._math.mesh import on_automatic_axes
 from .._math.types import Model, Parameters, PRNGKey, Where
 from .._operations import FactoredOperation, MatrixShape, Operation, Transposed
@@ -71,17 +72,15 @@ class Influence(eqx.Module):
 
         **Raises:** `ValueError` for something else than that.
         """
-        if not callable(loss_fn):
-            raise ValueError(f"`loss_fn` must be a function of model and batch, got {type(loss_fn).__name__}.")
         if not isinstance(estimator, CurvatureEstimator):
             raise ValueError(
                 "`estimator` must be an estimator, such as `kfax.BlockDiagonalCurvature(decay=1.0)`, got "
                 f"{estimator!r}."
             )
-        self.loss_fn = loss_fn
+        self.loss_fn = loss_function(loss_fn)
         self.estimator = estimator
-        self.example_axis = example_axis
-        self.frozen = frozen
+        self.example_axis = axis_name("example_axis", example_axis)
+        self.frozen = frozen_nodes(frozen)
 
     @on_automatic_axes
     def gradients(self, model: Model, batch: Any, *, key: PRNGKey | None = None, model_state: Any = None) -> Parameters:

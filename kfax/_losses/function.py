@@ -188,9 +188,9 @@ def function_loss(
     not return a scalar.
     """
     check_outputs("function_loss", outputs)
-    function_of("function", function, "lambda f, y: jnp.sum((f - y) ** 2)")
+    function_of("function", function, "lambda f, y: jnp.sum((f - y) ** 2)", 1 + len(data))
     if sample is not None:
-        function_of("sample", sample, "lambda key, f: f + jax.random.normal(key, f.shape)")
+        function_of("sample", sample, "lambda key, f: f + jax.random.normal(key, f.shape)", 2)
     whole_number("max_dim", max_dim, 0)
     if whole_number("event_ndim", event_ndim, 0) >= outputs.ndim:
         raise ValueError(

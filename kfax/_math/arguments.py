@@ -1,5 +1,6 @@
 """Arguments that a user gives, other than numbers and schedules, checked."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,11 +27,48 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
     return value
 
 
-def function(name: str, value: Any, example: str) -> Callable:
-    """Something that can be called, and is no class."""
-    if isinstance(value, type) or not callable(value):
+def function(name: str, value: Any, example: str, count: int = 1) -> Callable:
+    """Something that can be called with so many arguments, and is no class."""
+    if not _takes(value, count):
         raise ValueError(f"`{name}` must be a function, as in `{example}`, got {_described(value)}.")
     return value
+
+
+def loss_function(value: Any) -> Callable:
+    """A function of model and batch."""
+    if not _takes(value, 2):
+        raise ValueError(
+            f"`loss_fn` must be a function of model and batch, got {type(value).__name__}. It is called as "
+            "`loss_fn(model, batch)`."
+        )
+    return value
+
+
+def _takes(function: Any, count: int) -> bool:
+    """Whether something, which is no class, can be called with so many arguments, and perhaps others by name."""
+    if isinstance(function, type) or not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind_partial(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # nothing is known of some functions that are written in C
+        return True
+    return True
+
+
+def axis_name(name: str, value: Any) -> str | None:
+    """The name of an axis, or none."""
+    if not (value is None or isinstance(value, str)):
+        raise ValueError(
+            f"`{name}` must be the `axis_name` of a `jax.vmap`, such as 'batch', or `None`, got {_described(value)}."
+        )
+    return value
+
+
+def frozen_nodes(value: Any) -> Callable | None:
+    """A function of the model that returns what is not trained, or none."""
+    return None if value is None else selection("`frozen`", value)
 
 
 def selection(name: str, value: Any) -> Callable:

@@ -24,6 +24,11 @@ def not_a_class(name: str, value: Any) -> Any:
     return value
 
 
+def number_or_schedule(name: str, value: Any, check: Callable[[str, Any], Scalar]) -> Scalar | Schedule:
+    """A schedule as it is; a number checked by one of the functions below."""
+    return value if callable(not_a_class(name, value)) else check(name, value)
+
+
 def scalar(name: str, value: Any) -> Scalar:
     """A floating-point scalar array, so that a new value does not mean a new trace."""
     try:

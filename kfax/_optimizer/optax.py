@@ -11,8 +11,9 @@ from jaxtyping import ArrayLike
 
 from .._capture import Problem, split_key
 from .._estimators import measured_across
+from .._math.arguments import frozen_nodes, loss_function
 from .._math.mesh import on_automatic_axes
-from .._math.scalars import are_valid, nonnegative, positive, scheduled
+from .._math.scalars import are_valid, nonnegative, number_or_schedule, positive, scheduled
 from .._math.tree import all_finite, anywhere, combine, cond, dot, select, zeros_like
 from .._math.types import Counter, Model, Parameters, PRNGKey, Scalar, Schedule, Where
 from .damping import check_blind, DampingRule, own_damping, RelativeDamping, rule_of
@@ -74,18 +75,16 @@ def scale_by_curvature(
 
     **Raises:** `ValueError` for values out of their range, and for a damping that would have to see the loss.
     """
-    if not callable(loss_fn):
-        raise ValueError(f"`loss_fn` must be a function of model and batch, got {type(loss_fn).__name__}.")
     damping = own_damping(damping)
     check_blind("damping", rule_of(damping))
     if not (preconditioner is None or isinstance(preconditioner, Preconditioner)):
         raise ValueError(f"`preconditioner` must be a `kfax.Preconditioner(...)`, got {preconditioner!r}.")
     link = _Link(
-        loss_fn=loss_fn,
+        loss_fn=loss_function(loss_fn),
         damping=damping,
         preconditioner=Preconditioner() if preconditioner is None else preconditioner,
         bound=_bound(norm_constraint),
-        frozen=frozen,
+        frozen=frozen_nodes(frozen),
     )
     return optax.GradientTransformationExtraArgs(link.init, link.update)
 
@@ -180,4 +179,4 @@ def _restrict(tree: Parameters, like: Parameters) -> Parameters:
 
 
 def _bound(value: Any) -> Scalar | Schedule | None:
-    return value if value is None or callable(value) else positive("norm_constraint", value)
+    return None if value is None else number_or_schedule("norm_constraint", value, positive)

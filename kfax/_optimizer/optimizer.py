@@ -12,10 +12,10 @@ from jaxtyping import Array, ArrayLike, Bool
 from .._capture import linearize, Problem, split_key
 from .._estimators import CurvatureEstimator, ExplicitExactCurvature, measured_across
 from .._layers import any_parameters_of
-from .._math.arguments import flag, whole_number
+from .._math.arguments import flag, frozen_nodes, loss_function, whole_number
 from .._math.mesh import on_automatic_axes
 from .._math.moving_average import MovingAverage
-from .._math.scalars import nonnegative, not_a_class, positive, within_closed_unit
+from .._math.scalars import nonnegative, number_or_schedule, positive, within_closed_unit
 from .._math.tree import anywhere, cond, is_traced, zeros_like
 from .._math.types import Model, PRNGKey, PyTree, Schedule, Where
 from .damping import DampingRule, own_damping, RelativeDamping
@@ -94,8 +94,6 @@ class Optimizer(eqx.Module):
 
         **Raises:** `ValueError` for values out of their range.
         """
-        if not callable(loss_fn):
-            raise ValueError(f"`loss_fn` must be a function of model and batch, got {type(loss_fn).__name__}.")
         whole_number("micro_batches", micro_batches)
         preconditioner = Preconditioner() if preconditioner is None else preconditioner
         if not isinstance(preconditioner, Preconditioner):
@@ -111,7 +109,7 @@ class Optimizer(eqx.Module):
             raise ValueError("`kfax.ProjectedMomentum` is for the momentum. `learning_rate` is a number or a schedule.")
         if isinstance(momentum, ProjectedMomentum) and preconditioner.exponent != -1:
             raise ValueError("`kfax.ProjectedMomentum` needs an inverse: give the preconditioner an `exponent` of -1.")
-        self.loss_fn = loss_fn
+        self.loss_fn = loss_function(loss_fn)
         rate = _coefficient("learning_rate", learning_rate)
         self.learning_rate = _constrained(rate) if preconditioner.exponent == -1 else rate
         self.momentum = _coefficient("momentum", momentum)
@@ -131,7 +129,7 @@ class Optimizer(eqx.Module):
         self.rejection = rejection
         self.micro_batches = micro_batches
         self.report_layers = flag("report_layers", report_layers)
-        self.frozen = frozen
+        self.frozen = frozen_nodes(frozen)
 
     @property
     def estimator(self) -> CurvatureEstimator:
@@ -358,6 +356,6 @@ def _constrained(rate: Coefficient) -> Coefficient:
 
 
 def _coefficient(name: str, value: Any) -> Coefficient:
-    if isinstance(value, _RULES) or callable(not_a_class(name, value)):
+    if isinstance(value, _RULES):
         return value
-    return within_closed_unit(name, value) if name == "momentum" else nonnegative(name, value)
+    return number_or_schedule(name, value, within_closed_unit if name == "momentum" else nonnegative)

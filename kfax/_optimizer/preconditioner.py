@@ -17,7 +17,7 @@ from .._estimators import (
     PlacedCurvature,
     SampleSpaceCurvature,
 )
-from .._math.arguments import whole_number
+from .._math.arguments import function, whole_number
 from .._math.scalars import nonnegative
 from .._math.tree import anywhere, cond, keep_finite, mean, zeros_like
 from .._math.types import Counter, Model, Parameters, Scalar, Schedule, Where
@@ -104,10 +104,8 @@ class Preconditioner(eqx.Module):
         if isinstance(exponent, bool) or not (isinstance(exponent, int | float) and -1 <= exponent < 0):
             raise ValueError(f"`exponent` must be at least -1 and below 0, such as -1 or -1/2, got {exponent!r}.")
         whole_number("curvature_update_period", curvature_update_period)
-        if not (batch is None or callable(batch)):
-            raise ValueError(
-                f"`batch` must be a function of batch and count, such as `kfax.Fraction(1 / 8)`, got {batch!r}."
-            )
+        if batch is not None:
+            function("batch", batch, "kfax.Fraction(1 / 8)", 2)
         if isinstance(inverse_update_period, Staggered):
             if not isinstance(estimator, BlockDiagonalCurvature | PlacedCurvature) or exponent != -1:
                 raise ValueError(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._estimators import check_deterministic, CurvatureSource, ExactGGN
+from .._math.arguments import function
 from .._math.linalg import eigh, matmul
 from .._math.types import Scalar
 
@@ -39,10 +40,8 @@ class QuadraticModel(eqx.Module):
 
         **Raises:** `ValueError` for something else, or a source that draws random numbers.
         """
-        if not (batch is None or callable(batch)):
-            raise ValueError(
-                f"`batch` must be a function of batch and count, such as `kfax.Fraction(1 / 4)`, got {batch!r}."
-            )
+        if batch is not None:
+            function("batch", batch, "kfax.Fraction(1 / 4)", 2)
         self.source = check_deterministic("source", source)
         self.batch = batch
 

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
-from .._math.scalars import nonnegative, positive, positive_or_infinite, within_closed_unit
+from .._math.scalars import nonnegative, number_or_schedule, positive, positive_or_infinite, within_closed_unit
 from .._math.types import Scalar, Schedule
 
 
@@ -43,8 +43,7 @@ class LossConstraint(eqx.Module):
 
         **Raises:** `ValueError` for values out of their range.
         """
-        is_schedule = isinstance(learning_rate, Callable)
-        self.learning_rate = learning_rate if is_schedule else nonnegative("learning_rate", learning_rate)
+        self.learning_rate = number_or_schedule("learning_rate", learning_rate, nonnegative)
         self.multiple = positive_or_infinite("multiple", multiple)
 
     def limit(self, learning_rate: Scalar, squared_norm: Scalar, mean_loss: Scalar) -> Scalar:
@@ -81,9 +80,8 @@ class NormConstraint(eqx.Module):
 
         **Raises:** `ValueError` for values out of their range.
         """
-        is_schedule = isinstance(learning_rate, Callable)
-        self.learning_rate = learning_rate if is_schedule else nonnegative("learning_rate", learning_rate)
-        self.bound = bound if isinstance(bound, Callable) else positive("bound", bound)
+        self.learning_rate = number_or_schedule("learning_rate", learning_rate, nonnegative)
+        self.bound = number_or_schedule("bound", bound, positive)
 
 
 def limit(learning_rate: Scalar, squared_norm: Scalar, bound: Scalar) -> Scalar:
@@ -121,8 +119,7 @@ class ProjectedMomentum(eqx.Module):
 
         **Raises:** `ValueError` for values out of their range.
         """
-        is_schedule = isinstance(momentum, Callable)
-        self.momentum = momentum if is_schedule else within_closed_unit("momentum", momentum)
+        self.momentum = number_or_schedule("momentum", momentum, within_closed_unit)
 
 
 class Rejection(eqx.Module):

@@ -156,7 +156,7 @@ def test_periods_and_decays_out_of_range(case):
             with pytest.raises(ValueError, match=r"`decay` must be in \(0, 1\]"):
                 make(value)
     for source in (kfax.SampledFisher, kfax.CurvaturePropagation):
-        with pytest.raises(ValueError, match="`num_samples` must be a number, at least 1, got 0"):
+        with pytest.raises(ValueError, match="`num_samples` must be a whole number, at least 1, got 0"):
             source(0)
 
 

@@ -290,7 +290,7 @@ def test_random_sources_need_a_key(source):
 
 @pytest.mark.parametrize("make", [kfax.SampledFisher, kfax.CurvaturePropagation])
 def test_at_least_one_sample(make):
-    with pytest.raises(ValueError, match="`num_samples` must be a number, at least 1, got 0"):
+    with pytest.raises(ValueError, match="`num_samples` must be a whole number, at least 1, got 0"):
         make(0)
 
 

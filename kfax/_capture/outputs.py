@@ -45,15 +45,20 @@ def linearize_outputs(problem: Problem) -> Outputs:
         return tuple(loss.outputs for loss in losses), arrays
 
     pull, push, arrays = _forwards(outputs, parameters) or _backwards(outputs, parameters)
+    losses = eqx.combine(arrays, rest[-1])
 
     def pushed(vector):
         _check_like("`vector` must be a PyTree like `kfax.parameters_of(model)`", vector, parameters)
         with explained(_PUSH):
             return push(on_each(problem.loss_fn, vector))
 
+    def pulled(vectors):
+        _check_like("`vectors` must be a tuple of the outputs of each loss", vectors, tuple(o.outputs for o in losses))
+        return pull(vectors)
+
     # In a compiled program it is traced once for several vectors; outside of one it would be compiled for each batch.
     pushed = jax.jit(pushed) if is_traced(problem) else pushed
-    return Outputs(eqx.combine(arrays, rest[-1]), pull, pushed)
+    return Outputs(losses, pulled, pushed)
 
 
 def _check_like(rule: str, found: PyTree, expected: PyTree) -> None:

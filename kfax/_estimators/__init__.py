@@ -20,9 +20,10 @@ from .implicit_exact import (
     ImplicitExactCurvature as ImplicitExactCurvature,
     ImplicitExactState as ImplicitExactState,
 )
+from .last_batch import LastBatchCurvature as LastBatchCurvature
 from .placed import PlacedCurvature as PlacedCurvature, PlacedState as PlacedState
 from .placement import Placement as Placement
-from .products import Hessian as Hessian
+from .products import check_layout as check_layout, Hessian as Hessian, layout_of as layout_of
 from .sample_space import (
     SampleSpaceBatch as SampleSpaceBatch,
     SampleSpaceCurvature as SampleSpaceCurvature,
@@ -38,7 +39,3 @@ from .sources import (
     ExactGGN as ExactGGN,
     SampledFisher as SampledFisher,
 )
-
-
-# Those whose state holds a batch.
-OF_ONE_BATCH = (ImplicitExactCurvature, SampleSpaceCurvature)

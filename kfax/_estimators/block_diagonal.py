@@ -33,7 +33,7 @@ from .block_curvature import BlockCurvature
 from .damping import damping_by_key, damping_by_parameter
 from .eigendecomposition import BlockEigendecomposition
 from .placement import Placement
-from .products import block_shapes, blocks_of, BlockShapes, check_state, VECTORS
+from .products import block_shapes, blocks_of, BlockShapes, check_keys, check_state, chosen_of
 from .refresh import factorize, inverses_of, placed_inverses_of
 from .sources import column, CurvaturePropagation, CurvatureSource
 
@@ -162,7 +162,7 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         of one size, of whatever layers, are inverted in one call.
         """
         found, dampings = _by_key(state, parameters, damping)
-        values, chosen = state.average.value, found if only is None else {key: found[key] for key in only}
+        values, chosen = state.average.value, chosen_of(found, only)
         kinds = {key: (part.block, part.operation.shape()) for key, part in chosen.items()}
         if self.placement is None:
             new = inverses_of(kinds, values, dampings)
@@ -300,11 +300,11 @@ class BlockDiagonalCurvature(CurvatureEstimator):
         return _by_part(one, state, parameters)
 
     def to_dense(self, state: BlockDiagonalState, parameters: Parameters) -> Float[Array, "p p"]:
-        positions = to_matrices(_positions(parameters))
-        leaves = jax.tree.leaves(parameters)
+        found = blocks_of(parameters, check_state(state, BlockDiagonalState).shapes)
+        positions, leaves = to_matrices(_positions(parameters)), jax.tree.leaves(parameters)
         size = sum(leaf.size for leaf in leaves)
         dense = jnp.zeros((size, size), jnp.result_type(jnp.float32, *leaves))
-        for key, part in blocks_of(parameters, check_state(state, BlockDiagonalState).shapes).items():
+        for key, part in found.items():
             blocks = part.block.to_dense(part.operation.shape(), state.average.value[key])
             blocks = blocks.reshape(-1, *blocks.shape[-2:])
             rows = positions[key].reshape(len(blocks), -1)
@@ -370,12 +370,6 @@ def read_statistics(known: Mapping[str, Any], part: Part, num_examples: int, is_
 def _with(state: BlockDiagonalState, values: dict[str, Any], inverses: dict[str, Inverse]) -> BlockDiagonalState:
     """A state with other statistics and inverses, of the same batches."""
     return BlockDiagonalState(MovingAverage(values, state.average.weight), inverses, state.shapes)
-
-
-def check_keys(known: Collection[str], found: Collection[str]) -> None:
-    """Raises an error if what was found has other blocks than a state."""
-    if set(found) != set(known):
-        raise ValueError(f"A vector has the blocks {list(found)}, the state {list(known)}. {VECTORS}")
 
 
 def _by_key(

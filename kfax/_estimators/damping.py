@@ -33,8 +33,13 @@ def damping_by_key(keys: Collection[str], damping: ArrayLike | Mapping[str, Arra
 
 def wide(vector: Parameters) -> Parameters:
     """In at least float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), arrays_of(vector))
+
+
+def arrays_of(vector: Parameters) -> Parameters:
+    """A vector, checked to be one of arrays."""
     leaves = jax.tree.leaves(vector)
     if not all(hasattr(leaf, "astype") for leaf in leaves):
         names = sorted({type(leaf).__name__ for leaf in leaves if not hasattr(leaf, "astype")})
         raise ValueError(f"A vector must be a PyTree of arrays like `kfax.parameters_of(model)`, got {names} in it.")
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), vector)
+    return vector

@@ -13,12 +13,14 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .._capture import check_values, Cotangents, Linearization, linearize, linearize_outputs, Outputs, Problem
 from .._layers import any_parameters_of
+from .._math.arguments import sequence, shaped
 from .._math.mesh import on_automatic_axes
 from .._math.tree import combine, inner_products, norm, select, zeros_like
 from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
 from .base import CurvatureEstimator, division_by, narrow, operator_of
 from .damping import damping_by_parameter, wide
 from .eigendecomposition import Eigendecomposition
+from .last_batch import check_seen, LastBatchCurvature
 from .products import check_matrix, check_state, dense, Hessian, linear_map
 from .sources import CurvatureSource, ExactGGN
 
@@ -48,7 +50,7 @@ class ImplicitExactBatch(eqx.Module):
     preconditioner: Any
 
 
-class ImplicitExactCurvature(CurvatureEstimator):
+class ImplicitExactCurvature(LastBatchCurvature):
     r"""The exact curvature matrix of the last batch, by its action on vectors.
 
     $$C = \tfrac1N \sum_n J_n^\top H_n J_n$$
@@ -133,12 +135,6 @@ class ImplicitExactCurvature(CurvatureEstimator):
     def weight(self, state: ImplicitExactState) -> Scalar:
         return jnp.asarray(0.0 if state.problem is None else 1.0)
 
-    def nothing(self, state: ImplicitExactState) -> ImplicitExactBatch:
-        raise ValueError(_ONE_BATCH)
-
-    def add(self, measured: ImplicitExactBatch, more: ImplicitExactBatch) -> ImplicitExactBatch:
-        raise ValueError(_ONE_BATCH)
-
     def refresh(
         self, state: ImplicitExactState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
     ) -> ImplicitExactState:
@@ -181,7 +177,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
     # -- products --
 
     def multiply(self, state: ImplicitExactState, vector: Parameters) -> Parameters:
-        return linear_map(self.source, _problem(state), state.key)(vector)
+        return linear_map(self.source, _problem(state, vector), state.key)(vector)
 
     @on_automatic_axes
     def gram(self, state: ImplicitExactState, vectors: Sequence[Parameters]) -> Float[Array, "k k"]:
@@ -195,7 +191,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
         **Returns:** the symmetric matrix, in the dtype of the losses (at least float32). For a source of cotangents it
         costs a forward pass for each vector, and no backward pass.
         """
-        problem = _problem(state)
+        problem = _problem(state, *sequence("vectors", vectors))
         if isinstance(self.source, Hessian):
             multiply = linear_map(self.source, problem, state.key)
             lefts, rights, scale = list(vectors), [multiply(v) for v in vectors], 1.0
@@ -248,6 +244,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
         **Returns:** a PyTree like the parameters. With standard normal w its covariance is C.
         """
         outputs, source = self._factored(state)
+        vector = shaped("vector", vector, (outputs.losses[0].num_examples, source.num_cotangents(outputs.losses)))
         pulled = outputs.pull(source.multiply_factor(outputs.losses, vector, state.key))
         return combine((1 / math.sqrt(outputs.losses[0].num_examples),), (pulled,))
 
@@ -295,6 +292,7 @@ class ImplicitExactCurvature(CurvatureEstimator):
                 "`kfax.ImplicitExactCurvature(kfax.Hessian(), solver=lineax.GMRES(rtol=1e-4, atol=1e-4))`, or "
                 "`kfax.ExplicitExactCurvature(kfax.Hessian(), inversion=kfax.Eigh())`."
             )
+        _problem(state, vector)
         operator, preconditioner = self._operator(state, vector, state.damping), self.as_preconditioner(state, vector)
         # Tolerances are absolute in part: the right-hand side is brought to size one.
         size = norm(wide(vector))
@@ -322,13 +320,13 @@ class ImplicitExactCurvature(CurvatureEstimator):
 
         **Raises:** `ValueError` for another p.
         """
-        number = np.asarray(exponent).item()
-        if number != round(number):
-            _refuse(f"the power {exponent}")
+        number = np.asarray(exponent)
+        if number.shape or number.dtype.kind not in "iufb" or number % 1:
+            _refuse(f"the power {exponent}, whose `exponent` is no integer,")
+        operator = self.as_operator(state, vector, damping)
         if number < 0:
             by_parameter = damping_by_parameter(vector, damping)
             state = ImplicitExactState(state.problem, state.key, by_parameter, state.preconditioner)
-        operator = self.as_operator(state, vector, damping)
         for _ in range(abs(int(number))):
             vector = narrow(operator.mv(wide(vector)), vector) if number > 0 else self.solve(state, vector)
         return vector
@@ -375,21 +373,14 @@ class ImplicitExactCurvature(CurvatureEstimator):
         return dense(linear_map(self.source, _problem(state), state.key), parameters)
 
 
-_ONE_BATCH = (
-    "`ImplicitExactCurvature` holds its batch itself, which cannot be several. Use the sum of several operators "
-    "(`as_operator`), or `kfax.ExplicitExactCurvature`, or `kfax.BlockDiagonalCurvature`."
-)
-
 _NOT_CONVERGED = (
     "The solver of `kfax.ImplicitExactCurvature` did not converge. Before the first `refresh` the damping is zero: "
     "call it first. Or loosen the tolerances (`solver=lineax.CG(rtol=1e-3, atol=1e-3)`), raise λ, or use float64."
 )
 
 
-def _problem(state: ImplicitExactState) -> Problem:
-    if (problem := check_state(state, ImplicitExactState).problem) is None:
-        raise ValueError("No batch was seen yet: `state = estimator.update(state, loss_fn, model, batch)`.")
-    return problem
+def _problem(state: ImplicitExactState, *vectors: Parameters) -> Problem:
+    return check_seen(check_state(state, ImplicitExactState).problem, *vectors)
 
 
 def _refuse(what: str) -> NoReturn:

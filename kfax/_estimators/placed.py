@@ -30,11 +30,11 @@ from .._math.tree import all_finite, keep_finite, select
 from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
 from .base import CurvatureEstimator, inverse_of, operator_of
 from .block_curvature import BlockCurvature
-from .block_diagonal import BlockDiagonalCurvature, BlockDiagonalState, check_keys, read_statistics
+from .block_diagonal import BlockDiagonalCurvature, BlockDiagonalState, read_statistics
 from .damping import damping_by_key, damping_by_parameter
 from .eigendecomposition import BlockEigendecomposition
 from .placement import Groups, Kept, Placement
-from .products import block_shapes, blocks_of, BlockShapes, check_state
+from .products import block_shapes, blocks_of, BlockShapes, check_keys, check_state
 from .refresh import inverses_of, whole
 
 

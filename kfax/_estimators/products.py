@@ -1,7 +1,7 @@
 """Exact curvature of one batch, as linear maps of vectors like the parameters."""
 
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
@@ -15,6 +15,7 @@ from .._layers import Part, parts
 from .._math.mesh import has_explicit_axes, on_automatic_axes
 from .._math.tree import combine
 from .._math.types import Parameters, PRNGKey
+from .damping import arrays_of
 from .sources import CurvatureSource
 
 
@@ -119,6 +120,22 @@ def blocks_of(vector: Parameters, expected: BlockShapes) -> dict[str, Part]:
     return found
 
 
+def check_keys(known: Collection[str], found: Collection[str]) -> None:
+    """Raises an error if what was found has other blocks than a state."""
+    if set(found) != set(known):
+        raise ValueError(f"A vector has the blocks {list(found)}, the state {list(known)}. {VECTORS}")
+
+
+def chosen_of(found: dict[str, Part], only: Collection[str] | None) -> dict[str, Part]:
+    """The parts of these keys; all if none are given."""
+    if only is None:
+        return found
+    keys = only if isinstance(only, Collection) and not isinstance(only, str) else [None]
+    if not all(isinstance(key, str) and key in found for key in keys):
+        raise ValueError(f"`only` must be a list of keys of blocks, which are {list(found)}, got {only!r}.")
+    return {key: found[key] for key in only}
+
+
 def check_state(state: Any, kind: type[_State]) -> _State:
     """The state, of the kind that an estimator's methods take."""
     if not isinstance(state, kind):
@@ -131,7 +148,7 @@ def check_state(state: Any, kind: type[_State]) -> _State:
 
 def dense(multiply: Callable[[Parameters], Parameters], like: Parameters) -> Float[Array, "p p"]:
     """The matrix of a linear map, column by column, in a loop that is compiled once."""
-    flat, unravel = ravel_pytree(like)
+    flat, unravel = ravel_pytree(arrays_of(like))
 
     def column(unit):
         return ravel_pytree(multiply(unravel(unit)))[0]

@@ -1,7 +1,7 @@
 """The exact curvature of one batch, inverted in the space of its examples."""
 
 from collections.abc import Collection, Mapping
-from typing import NoReturn
+from typing import cast, NoReturn
 
 import equinox as eqx
 import jax
@@ -18,10 +18,11 @@ from .._math.mesh import on_automatic_axes
 from .._math.scalars import finite, nonnegative
 from .._math.tree import all_finite, combine, select, zeros_like
 from .._math.types import Model, Parameters, PRNGKey, Scalar, Where
-from .base import check_source, CurvatureEstimator, inverse_of, narrow, operator_of
+from .base import check_source, inverse_of, narrow, operator_of
 from .damping import damping_by_parameter, wide
 from .eigendecomposition import Eigendecomposition
 from .factor import Factor
+from .last_batch import check_seen, LastBatchCurvature
 from .products import check_state, dense
 from .sources import CurvatureSource, ExactGGN
 
@@ -59,7 +60,7 @@ class SampleSpaceState(eqx.Module):
     damping: Scalar
 
 
-class SampleSpaceCurvature(CurvatureEstimator):
+class SampleSpaceCurvature(LastBatchCurvature):
     r"""The exact curvature matrix of the last batch, inverted in the space of its examples.
 
     $$C = R^\top R, \qquad (C + \lambda I)^{-1} R^\top = R^\top (R R^\top + \lambda I)^{-1}, \qquad
@@ -147,10 +148,11 @@ class SampleSpaceCurvature(CurvatureEstimator):
 
     def fold(self, state: SampleSpaceState, measured: SampleSpaceBatch) -> SampleSpaceState:
         size, dtype = measured.kernel.shape, measured.kernel.dtype
+        damping = jnp.asarray(jnp.inf, check_state(state, SampleSpaceState).damping.dtype)
         result = (jnp.zeros(size[:1], dtype), jnp.eye(*size, dtype=dtype)) if self.inversion.diagonalizes else None
         results = (jnp.eye(*size, dtype=dtype) if result is None else result,)
         inverse = self.inversion.finish(Product(None, measured.kernel, 0), jnp.ones(()), results)
-        return SampleSpaceState(measured, immovable(inverse), jnp.asarray(jnp.inf, state.damping.dtype))
+        return SampleSpaceState(measured, immovable(inverse), damping)
 
     def fold_finite(
         self, state: SampleSpaceState, measured: SampleSpaceBatch, is_good: Bool[Array, ""]
@@ -160,12 +162,6 @@ class SampleSpaceCurvature(CurvatureEstimator):
 
     def weight(self, state: SampleSpaceState) -> Scalar:
         return jnp.asarray(0.0 if state.batch is None else 1.0)
-
-    def nothing(self, state: SampleSpaceState) -> SampleSpaceBatch:
-        raise ValueError(_ONE_BATCH)
-
-    def add(self, measured: SampleSpaceBatch, more: SampleSpaceBatch) -> SampleSpaceBatch:
-        raise ValueError(_ONE_BATCH)
 
     def refresh(
         self, state: SampleSpaceState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
@@ -222,7 +218,8 @@ class SampleSpaceCurvature(CurvatureEstimator):
         state = check_state(state, SampleSpaceState)
         if state.batch is None or state.inverse is None:
             return zeros_like(vector)
-        factor, batch = self._factor(state.batch), state.batch
+        batch = _batch(state, vector)
+        factor = self._factor(batch)
         rest = combine((1, -1), (wide(vector), wide(batch.gradient)))
         with jax.default_matmul_precision("highest"):
             pushed = factor.push(narrow(rest, vector)).astype(batch.kernel.dtype)
@@ -235,7 +232,7 @@ class SampleSpaceCurvature(CurvatureEstimator):
 
     @on_automatic_axes
     def multiply(self, state: SampleSpaceState, vector: Parameters) -> Parameters:
-        factor = self._factor(_batch(state))
+        factor = self._factor(_batch(state, vector))
         with jax.default_matmul_precision("highest"):
             return narrow(factor.pull(factor.push(vector)), vector)
 
@@ -243,7 +240,7 @@ class SampleSpaceCurvature(CurvatureEstimator):
     def power(
         self, state: SampleSpaceState, vector: Parameters, exponent: ArrayLike, damping: ArrayLike = 0.0
     ) -> Parameters:
-        batch, by, p = _batch(state), nonnegative("damping", damping), finite("exponent", exponent)
+        batch, by, p = _batch(state, vector), nonnegative("damping", damping), finite("exponent", exponent)
         values, vectors = linalg.eigh(batch.kernel)
         by, p = by.astype(values.dtype), p.astype(values.dtype)
         # Of s below rounding errors the kernel knows nothing: there C is zero.
@@ -256,7 +253,7 @@ class SampleSpaceCurvature(CurvatureEstimator):
             return narrow(combine((by**p, 1), (wide(vector), factor.pull(inner))), vector)
 
     def eigenvalues(self, state: SampleSpaceState, parameters: Parameters) -> Float[Array, " p"]:
-        values = jnp.maximum(linalg.eigh(_batch(state).kernel)[0], 0)
+        values = jnp.maximum(linalg.eigh(_batch(state, parameters).kernel)[0], 0)
         size = sum(leaf.size for leaf in jax.tree.leaves(parameters))
         return jnp.pad(values[-size:], (0, max(size - len(values), 0)))
 
@@ -285,17 +282,11 @@ class SampleSpaceCurvature(CurvatureEstimator):
         return Factor(self.source, problem, losses, batch.key, self.centered)
 
 
-_ONE_BATCH = (
-    "`SampleSpaceCurvature` holds its batch itself, which cannot be several. Use `kfax.ExplicitExactCurvature`, or "
-    "`kfax.BlockDiagonalCurvature`."
-)
-
-
-def _batch(state: SampleSpaceState) -> SampleSpaceBatch:
-    state = check_state(state, SampleSpaceState)
-    if state.batch is None:
-        raise ValueError("No batch was seen yet: `state = estimator.update(state, loss_fn, model, batch)`.")
-    return state.batch
+def _batch(state: SampleSpaceState, *vectors: Parameters) -> SampleSpaceBatch:
+    """The batch, on which vectors must be like the parameters."""
+    batch = check_state(state, SampleSpaceState).batch
+    check_seen(None if batch is None else batch.problem, *vectors)
+    return cast(SampleSpaceBatch, batch)
 
 
 def _one(damping: ArrayLike | Mapping[str, ArrayLike]) -> Scalar:

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from .._estimators import (
+    check_layout,
     check_source,
     CurvatureEstimator,
     CurvatureSource,
     ExactGGN,
     ImplicitExactCurvature,
+    layout_of,
     total_weight,
     wide,
 )
@@ -144,6 +146,7 @@ class ConjugateGradients(eqx.Module):
         exact = ImplicitExactCurvature(self.source)
         options = {"key": key, "model_state": model_state, "frozen": frozen}
         problem = exact.update(exact.init(model, frozen=frozen), loss_fn, model, batch, **options)
+        check_layout(jax.tree.map(lambda v: v[0], state.direction), layout_of(problem.damping))
         multiply = exact.as_operator(problem, problem.damping).mv
         products = jax.lax.map(multiply, state.direction, batch_size=AT_ONCE)
         losses = problem.problem.evaluate(problem.problem.parameters).losses

@@ -90,6 +90,20 @@ def array(name: str, value: Any, dtype: Any = None) -> Array:
         raise ValueError(f"{name} must be an array of numbers, got {type(value).__name__}.") from error
 
 
+def sequence(name: str, value: Any) -> list[Any]:
+    """A list of something, and not of nothing."""
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"`{name}` must be a list of at least one, got {_described(value)}.")
+    return list(value)
+
+
+def shaped(name: str, value: Any, shape: tuple[int, ...]) -> Array:
+    """An array of a shape that is known."""
+    if not eqx.is_array(value) or value.shape != shape:
+        raise ValueError(f"`{name}` must be an array of shape {shape}, got {_described(value)}.")
+    return value
+
+
 def single_key(value: Any) -> PRNGKey:
     """One key for random numbers."""
     try:

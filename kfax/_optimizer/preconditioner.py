@@ -13,7 +13,7 @@ from .._estimators import (
     BlockDiagonalCurvature,
     CurvatureEstimator,
     Eigendecomposition,
-    OF_ONE_BATCH,
+    LastBatchCurvature,
     PlacedCurvature,
     SampleSpaceCurvature,
 )
@@ -114,7 +114,7 @@ class Preconditioner(eqx.Module):
                 )
         else:
             whole_number("inverse_update_period", inverse_update_period)
-        if isinstance(estimator, OF_ONE_BATCH) and curvature_update_period != 1:
+        if isinstance(estimator, LastBatchCurvature) and curvature_update_period != 1:
             name = type(estimator).__name__
             raise ValueError(f"`kfax.{name}` is that of the present batch: its `curvature_update_period` must be 1.")
         if isinstance(estimator, SampleSpaceCurvature) and (inverse_update_period != 1 or exponent != -1):
@@ -131,7 +131,7 @@ class Preconditioner(eqx.Module):
 
     def check_one_batch(self, is_relative: bool, micro_batches: int) -> None:
         """Raises an error for what cannot be had of an estimator that holds one batch and has no diagonal."""
-        if not isinstance(self.estimator, OF_ONE_BATCH):
+        if not isinstance(self.estimator, LastBatchCurvature):
             return
         name = type(self.estimator).__name__
         if is_relative:

@@ -21,7 +21,7 @@ from .base import CurvatureEstimator, division_by, narrow, operator_of
 from .damping import damping_by_parameter, wide
 from .eigendecomposition import Eigendecomposition
 from .last_batch import check_seen, LastBatchCurvature
-from .products import check_matrix, check_state, dense, Hessian, linear_map
+from .products import check_layout, check_matrix, check_state, dense, Hessian, layout_of, linear_map
 from .sources import CurvatureSource, ExactGGN
 
 
@@ -149,7 +149,7 @@ class ImplicitExactCurvature(LastBatchCurvature):
         inner = check_state(state, ImplicitExactState).preconditioner
         if self.preconditioner is not None:
             inner = self.preconditioner.refresh(inner, parameters, damping)
-        return ImplicitExactState(state.problem, state.key, damping_by_parameter(parameters, damping), inner)
+        return ImplicitExactState(state.problem, state.key, _dampings(state, parameters, damping), inner)
 
     def refresh_finite(
         self,
@@ -162,7 +162,7 @@ class ImplicitExactCurvature(LastBatchCurvature):
         inner, failed = state.preconditioner, jnp.zeros((), bool)
         if self.preconditioner is not None:
             inner, failed = self.preconditioner.refresh_finite(inner, parameters, damping, only, is_wanted)
-        damping = select(jnp.asarray(is_wanted), damping_by_parameter(parameters, damping), state.damping)
+        damping = select(jnp.asarray(is_wanted), _dampings(state, parameters, damping), state.damping)
         return ImplicitExactState(state.problem, state.key, damping, inner), failed
 
     def redamp(
@@ -172,7 +172,7 @@ class ImplicitExactCurvature(LastBatchCurvature):
         inner = check_state(state, ImplicitExactState).preconditioner
         if self.preconditioner is not None:
             inner = self.preconditioner.redamp(inner, parameters, damping)
-        return ImplicitExactState(state.problem, state.key, damping_by_parameter(parameters, damping), inner)
+        return ImplicitExactState(state.problem, state.key, _dampings(state, parameters, damping), inner)
 
     # -- products --
 
@@ -352,8 +352,9 @@ class ImplicitExactCurvature(LastBatchCurvature):
 
         **Returns:** an operator on PyTrees like the parameters, tagged as positive semi-definite.
         """
+        check_layout(parameters, layout_of(check_state(state, ImplicitExactState).damping))
         if self.preconditioner is None:
-            return division_by(check_state(state, ImplicitExactState).damping)
+            return division_by(state.damping)
         return self.preconditioner.as_preconditioner(state.preconditioner, parameters)
 
     # -- what takes a matrix --
@@ -381,6 +382,13 @@ _NOT_CONVERGED = (
 
 def _problem(state: ImplicitExactState, *vectors: Parameters) -> Problem:
     return check_seen(check_state(state, ImplicitExactState).problem, *vectors)
+
+
+def _dampings(
+    state: ImplicitExactState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
+) -> Parameters:
+    check_layout(parameters, layout_of(state.damping))
+    return damping_by_parameter(parameters, damping)
 
 
 def _refuse(what: str) -> NoReturn:

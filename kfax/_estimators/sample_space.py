@@ -176,7 +176,7 @@ class SampleSpaceCurvature(LastBatchCurvature):
 
         **Raises:** `ValueError` for a damping that is not the same for all blocks.
         """
-        kernel = _batch(state).kernel
+        kernel = _batch(state, parameters).kernel
         number = _one(damping).astype(kernel.dtype)
         if not self.inversion.diagonalizes:
             least = linalg.least_damping(len(kernel), kernel.dtype)
@@ -205,10 +205,10 @@ class SampleSpaceCurvature(LastBatchCurvature):
         self, state: SampleSpaceState, parameters: Parameters, damping: ArrayLike | Mapping[str, ArrayLike]
     ) -> SampleSpaceState:
         """The state with another damping if the inversion is [`kfax.Eigh`][] and there is an inverse, or the same."""
-        state = check_state(state, SampleSpaceState)
+        state, number = check_state(state, SampleSpaceState), _one(damping)
         if state.inverse is None or not self.inversion.diagonalizes:
             return state
-        number = jnp.where(jnp.isfinite(state.damping), _one(damping).astype(state.damping.dtype), state.damping)
+        number = jnp.where(jnp.isfinite(state.damping), number.astype(state.damping.dtype), state.damping)
         return SampleSpaceState(state.batch, state.inverse.redamp(number), number)
 
     # -- what is asked of it --

@@ -139,7 +139,7 @@ def test_what_cannot_be_had_says_so():
         (lambda: implicit.eigenvalues(state, p), "all eigenvalues"),
         (lambda: implicit.decompose(state, p), "an eigendecomposition"),
         (lambda: implicit.diagonal(state, p), "a diagonal"),
-        (lambda: implicit.power(state, v, 0.5), "the power 0.5"),
+        (lambda: implicit.power(state, v, 0.5), "the power 0.5, whose `exponent` is no integer,"),
     ):
         with pytest.raises(ValueError, match=f"{what} cannot be had. Use `kfax.ExplicitExactCurvature`"):
             call()

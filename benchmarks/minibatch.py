@@ -210,7 +210,7 @@ def compare(task, options):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["adamw", "muon", "kfax"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["adamw", "muon", "soap", "kfax"])
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=11, help="of timing; with 0 the last timings are taken")

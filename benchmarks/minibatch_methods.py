@@ -19,6 +19,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from minibatch_soap import scale_by_soap
 from scipy.stats import qmc
 
 import kfax
@@ -138,6 +139,11 @@ def muon(task, numbers, rate):
     )
 
 
+def soap(task, numbers, rate):
+    decay = optax.add_decayed_weights(numbers["weight_decay"])
+    return optax.chain(scale_by_soap(), decay, optax.scale_by_learning_rate(rate))
+
+
 def kron(task, numbers, rate):
     """PSGD with a Kronecker product for each matrix, in the form that whitens gradients; kernels as matrices."""
     import psgdax
@@ -163,6 +169,7 @@ KFAC = {"rate": LogUniform(1e-2, 1.0), "damping": LogUniform(1e-3, 1.0), "l2": L
 METHODS = {
     "adamw": Method(from_optax(adamw), FIRST_ORDER),
     "muon": Method(from_optax(muon), FIRST_ORDER),
+    "soap": Method(from_optax(soap), FIRST_ORDER),
     "kfax": Method(from_kfax(kfax_stochastic), KFAC),
 }
 if importlib.util.find_spec("psgdax"):  # `pip install psgdax`

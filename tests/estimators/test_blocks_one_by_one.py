@@ -37,7 +37,7 @@ def test_factors_matrix_and_spectrum_of_one_layer():
     solved = jnp.linalg.solve(dense + 0.1 * jnp.eye(len(dense)), v.reshape(-1))
     # Eigenvalues are exact to rounding relative to the largest one.
     assert_close(block.spectrum().power(v, -1, 0.1).reshape(-1), solved, 1e-8)
-    with pytest.raises(ValueError, match=r"matrix of shape \(5, 9\), got \(9, 5\)"):
+    with pytest.raises(ValueError, match=r"matrix of shape \(5, 9\) for this block, got \(9, 5\)"):
         block.multiply(v.T)
     with pytest.raises(ValueError, match="Vectors are like `kfax.parameters_of"):
         estimator.blocks(state, plain)

@@ -221,5 +221,5 @@ def test_costs_and_dtypes():
 
 def test_max_dim_is_checked():
     for block in (kfax.TensorNormal, kfax.FrobeniusOptimal, kfax.KLOptimal):
-        with pytest.raises(ValueError, match="`max_dim` is the size of a matrix, got -1"):
+        with pytest.raises(ValueError, match="`max_dim` must be a whole number, at least 0, got -1"):
             block(max_dim=-1)

@@ -20,8 +20,8 @@ class LastBatchCurvature(CurvatureEstimator):
     def _refuse_several(self) -> NoReturn:
         raise ValueError(
             f"`{type(self).__name__}` holds its batch itself, which cannot be several. Use "
-            "`kfax.ExplicitExactCurvature`, or `kfax.BlockDiagonalCurvature`; or, for products, the sum of the operators "
-            "of several states (`as_operator`)."
+            "`kfax.ExplicitExactCurvature`, or `kfax.BlockDiagonalCurvature`; or, for products, the sum of the "
+            "operators of several states (`as_operator`)."
         )
 
 

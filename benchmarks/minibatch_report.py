@@ -7,16 +7,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 
-class Row(NamedTuple):
-    """A task by a method, with the numbers that were chosen. `seconds` is of a step; `short_runs` may be none."""
+class Runs(NamedTuple):
+    """Ten runs of a method with a schedule of some length, and the numbers that were chosen for that length."""
 
-    task: Any
-    method: str
-    target: float
     numbers: dict
-    seconds: float
+    period: int
+    target: float
     runs: list
-    short_runs: list
 
     @property
     def curves(self):
@@ -28,37 +25,63 @@ class Row(NamedTuple):
         return self.curves[:, -1]
 
     @property
+    def steps(self):
+        return self.period * (self.curves.shape[1] - 1)
+
+    @property
     def steps_to_target(self):
         """Of the seeds that reach it."""
         reached = self.curves <= self.target
-        return self.task.period * np.argmax(reached, axis=1)[np.any(reached, axis=1)]
-
-    @property
-    def short_steps(self):
-        return self.task.period * (len(self.short_runs[0]["held_out"]) - 1) if self.short_runs else None
+        return self.period * np.argmax(reached, axis=1)[np.any(reached, axis=1)]
 
     @property
     def diverged(self):
         return int(np.sum(~(self.last <= self.curves[:, 0])))
 
-    def summary(self):
-        """As it is saved."""
-        reached, short = self.steps_to_target, [run["held_out"][-1] for run in self.short_runs]
+    def summary(self, seconds):
+        """As it is saved, for so many seconds a step."""
+        reached = self.steps_to_target
         steps = float(np.mean(reached)) if len(reached) else None
         return {
-            "task": self.task.name,
-            "method": self.method,
             "numbers": self.numbers,
-            "target": self.target,
-            "milliseconds": 1e3 * self.seconds,
+            "schedule": self.steps,
             "last": [float(np.mean(self.last)), _error(self.last)],
             "diverged": self.diverged,
             "steps_to_target": steps,
             "seeds_that_reach": len(reached),
-            "seconds_to_target": None if steps is None else steps * self.seconds,
-            "shortest_schedule": self.short_steps,
-            "shortest_seconds": None if self.short_steps is None else self.short_steps * self.seconds,
-            "shortest_last": [float(np.mean(short)), _error(short)] if short else None,
+            "seconds_to_target": None if steps is None else steps * seconds,
+        }
+
+    def cells(self, seconds):
+        mean, error, num_seeds = np.mean(self.last), _error(self.last), len(self.runs)
+        reached = self.steps_to_target
+        steps, time = "not reached", ""
+        if len(reached):
+            steps = f"{np.mean(reached):.0f} ± {_error(reached):.0f}"
+            time = f"{np.mean(reached) * seconds:.2f}"
+            if len(reached) < num_seeds:
+                steps += f" ({len(reached)} of {num_seeds})"
+        return f"{mean:.4f} ± {error:.4f}", str(self.diverged), steps, time
+
+
+class Row(NamedTuple):
+    """A task by a method. `seconds` is of a step; `whole` has the task's budget, `short` a part of it."""
+
+    task: Any
+    method: str
+    seconds: float
+    whole: Runs
+    short: Runs | None
+
+    def summary(self):
+        """As it is saved."""
+        return {
+            "task": self.task.name,
+            "method": self.method,
+            "target": self.whole.target,
+            "milliseconds": 1e3 * self.seconds,
+            **self.whole.summary(self.seconds),
+            "short": None if self.short is None else self.short.summary(self.seconds),
         }
 
 
@@ -67,26 +90,7 @@ def _error(values):
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-COLUMNS = (
-    "held-out loss at the end | diverged | ms a step | steps to target | s to target | shortest schedule: steps | s | "
-    "held-out loss"
-)
-
-
-def _cells(row):
-    found, num_seeds = row.summary(), len(row.runs)
-    steps = "not reached"
-    if found["seeds_that_reach"]:
-        steps = f"{found['steps_to_target']:.0f} ± {_error(row.steps_to_target):.0f}"
-        if found["seeds_that_reach"] < num_seeds:
-            steps += f" ({found['seeds_that_reach']} of {num_seeds})"
-    seconds = "" if found["seconds_to_target"] is None else f"{found['seconds_to_target']:.2f}"
-    short = ("not reached", "", "")
-    if row.short_runs:
-        mean, error = found["shortest_last"]
-        short = f"{row.short_steps}", f"{found['shortest_seconds']:.2f}", f"{mean:.4f} ± {error:.4f}"
-    mean, error = found["last"]
-    return f"{mean:.4f} ± {error:.4f}", row.diverged, f"{found['milliseconds']:.2f}", steps, seconds, *short
+COLUMNS = ("held-out loss at the end", "diverged", "steps to target", "s to target")
 
 
 def table(rows):
@@ -94,10 +98,20 @@ def table(rows):
     lines = []
     for task in dict.fromkeys(row.task for row in rows):
         of_task = [row for row in rows if row.task is task]
-        title = f"{task.name}, {task.steps} steps, {len(of_task[0].runs)} seeds, target {of_task[0].target:.4f}"
-        lines += [f"\n| {title} | {COLUMNS} |", "|---" + "|---:" * (COLUMNS.count("|") + 1) + "|"]
-        lines += [" | ".join(["| " + row.method, *map(str, _cells(row))]) + " |" for row in of_task]
-        lines += [f"\n{row.method}: " + ", ".join(f"{k} {v:.3g}" for k, v in row.numbers.items()) for row in of_task]
+        whole, short = of_task[0].whole, of_task[0].short
+        columns = ["ms a step", *COLUMNS]
+        if short is not None:
+            columns += [f"of {short.steps} steps: {COLUMNS[0]}", *COLUMNS[1:]]
+        title = f"{task.name}, {whole.steps} steps, {len(whole.runs)} seeds, target {whole.target:.4f}"
+        lines += ["\n| " + " | ".join([title, *columns]) + " |", "|---" + "|---:" * len(columns) + "|"]
+        for row in of_task:
+            parts = (each for each in (row.whole, row.short) if each is not None)
+            cells = [cell for each in parts for cell in each.cells(row.seconds)]
+            lines.append("| " + " | ".join([row.method, f"{1e3 * row.seconds:.2f}", *cells]) + " |")
+        for row in of_task:
+            for runs in (each for each in (row.whole, row.short) if each is not None):
+                numbers = ", ".join(f"{k} {v:.3g}" for k, v in runs.numbers.items())
+                lines.append(f"\n{row.method}, {runs.steps} steps: {numbers}")
     return "\n".join(lines)
 
 
@@ -108,13 +122,14 @@ def plot(rows):
     axes = figure.subplots(2, len(tasks), squeeze=False)
     for column, task in enumerate(tasks):
         for row in (row for row in rows if row.task is task):
-            steps, mean = task.period * np.arange(row.curves.shape[1]), np.mean(row.curves, axis=0)
-            error = np.std(row.curves, axis=0) / np.sqrt(len(row.runs))
+            curves = row.whole.curves
+            steps, mean = task.period * np.arange(curves.shape[1]), np.mean(curves, axis=0)
+            error = np.std(curves, axis=0) / np.sqrt(len(curves))
             for ax, scale in zip(axes[:, column], (1.0, row.seconds), strict=True):
                 [line] = ax.plot(scale * steps, mean, label=row.method)
                 ax.fill_between(scale * steps, mean - error, mean + error, color=line.get_color(), alpha=0.2, lw=0)
         for ax, label in zip(axes[:, column], ("steps", "seconds of steps"), strict=True):
-            ax.axhline(next(row.target for row in rows if row.task is task), color="0.5", linewidth=1)
+            ax.axhline(next(row.whole.target for row in rows if row.task is task), color="0.5", linewidth=1)
             ax.set(yscale="log", xlabel=label, title=task.name)
             ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel("held-out loss")

@@ -35,7 +35,7 @@ def make_model(key):
 
 def train_ensemble(keys, batches):
     """Models with another axis in front of all their arrays, and the losses of each at every step."""
-    optimizer = kfax.stochastic(loss_fn, learning_rate=0.1)
+    optimizer = kfax.stochastic(loss_fn, learning_rate=0.01)
     models = eqx.filter_vmap(make_model)(keys)
     # All arrays of the state have an axis of members, but the number of the step is the same for all: so "is a refresh
     # due?" stays one question.

@@ -117,7 +117,7 @@ def main(arguments=None):
         model = eqx.filter_shard(model, NamedSharding(mesh, PartitionSpec()))
         checkpoints = Folder(options.checkpoint or pathlib.Path("examples/output/resume"))
     batch_of = lambda chosen: jax.device_put((images[chosen], labels[chosen]), by_example)  # noqa: E731
-    optimizer = kfax.stochastic(loss_fn, learning_rate=0.1)
+    optimizer = kfax.stochastic(loss_fn, learning_rate=0.01)
     fresh = model, optimizer.init(model, batch_of(slice(128)))
     history, model, state = checkpoints.load(fresh)
     if history:

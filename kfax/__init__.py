@@ -130,6 +130,8 @@ from ._operations import (
 from ._optimizer import (
     DampingMultiple as DampingMultiple,
     DampingRule as DampingRule,
+    EigenbasisAdam as EigenbasisAdam,
+    EigenbasisAdamState as EigenbasisAdamState,
     FixedDamping as FixedDamping,
     Fraction as Fraction,
     full_batch as full_batch,
@@ -153,6 +155,7 @@ from ._optimizer import (
     StepInfo as StepInfo,
     StepResult as StepResult,
     stochastic as stochastic,
+    WeightDecay as WeightDecay,
 )
 from ._slot import Use as Use
 

@@ -20,6 +20,6 @@ def test_minibatch(task, tmp_path):
     assert result.returncode == 0, result.stderr
     assert f"{task}, kfax, 10 steps, seed 1" in result.stdout
     rows = json.loads((tmp_path / "summary.json").read_text())
-    assert [row["method"] for row in rows] == ["adamw", "muon", "soap", "kfax"]
+    assert [row["method"] for row in rows] == ["adamw", "muon", "soap", "kfac", "kfax"]
     assert rows[0]["seeds_that_reach"] == 2 and all(row["milliseconds"] > 0 for row in rows)
     assert (tmp_path / "curves.png").stat().st_size > 10_000

@@ -69,7 +69,7 @@ def shardings(tree):
 
 PRESETS = {
     "full batch": kfax.full_batch,
-    "stochastic": functools.partial(kfax.stochastic, learning_rate=0.3),
+    "stochastic": functools.partial(kfax.stochastic, learning_rate=0.03),
 }
 
 
@@ -143,7 +143,7 @@ def test_all_that_an_optimizer_does(on_mesh):
 
 def test_a_compiled_loop(on_mesh):
     case = make_case("mlp", "softmax", num_examples=N)
-    optimizer = kfax.stochastic(case.loss_fn, learning_rate=0.3)
+    optimizer = kfax.stochastic(case.loss_fn, learning_rate=0.03)
 
     def run(model, batch):
         rest = eqx.filter(model, eqx.is_array, inverse=True)

@@ -136,7 +136,10 @@ def test_memory_is_shared_out():
     batch = on_devices((ids, ids), mesh)
 
     def start(model, estimator):
-        optimizer = kfax.stochastic(loss_fn, learning_rate=0.1, estimator=estimator)
+        preconditioner = kfax.Preconditioner(estimator, inverse_update_period=kfax.Staggered(10))
+        optimizer = kfax.Optimizer(
+            loss_fn, learning_rate=0.1, momentum=0.9, damping=1e-2, preconditioner=preconditioner
+        )
         return optimizer, optimizer.init(model, batch)
 
     on_all, fully = copied(model, mesh), split(model, mesh, "data")

@@ -137,6 +137,10 @@ class Block(eqx.Module):
         """The (stacks of) symmetric matrices that have to be diagonalized to diagonalize the block, undamped."""
 
     @abc.abstractmethod
+    def axes(self, shape: MatrixShape, statistics: Any) -> Product:
+        """A Kronecker product whose eigenvectors can be taken for the block's: the block itself where it is one."""
+
+    @abc.abstractmethod
     def spectrum(self, shape: MatrixShape, statistics: Any, pairs: tuple[tuple[Array, Array], ...]) -> Spectrum:
         """The eigendecomposition of the block, given eigenvalues and eigenvectors of `factors`."""
 
@@ -214,6 +218,9 @@ class ProductAlgebra(Block):
 
     def factors(self, shape: MatrixShape, statistics: Any) -> tuple[Float[Array, "..."], ...]:
         return self.product(shape, statistics).factors()
+
+    def axes(self, shape: MatrixShape, statistics: Any) -> Product:
+        return self.product(shape, statistics)
 
     def spectrum(self, shape: MatrixShape, statistics: Any, pairs: tuple[tuple[Array, Array], ...]) -> Spectrum:
         return self.product(shape, statistics).spectrum(pairs)

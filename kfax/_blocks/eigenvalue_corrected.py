@@ -173,6 +173,9 @@ class EigenvalueCorrected(Block):
     def factors(self, shape: MatrixShape, statistics: CorrectedFactors) -> tuple[Float[Array, "..."], ...]:
         return ()
 
+    def axes(self, shape: MatrixShape, statistics: CorrectedFactors) -> Product:
+        return self._factored.product(shape, statistics.factors)
+
     def spectrum(
         self, shape: MatrixShape, statistics: CorrectedFactors, pairs: tuple[tuple[Array, Array], ...]
     ) -> Spectrum:

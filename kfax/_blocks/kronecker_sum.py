@@ -136,6 +136,19 @@ class KroneckerSum(Block):
             )
         return (self.to_dense(shape, statistics),)
 
+    def axes(self, shape: MatrixShape, statistics: Any) -> Product:
+        """The product of the partial traces: of the sum of all products, as seen from either side of V."""
+        direct, reverse = self._products(shape, statistics)
+        ndim = len(shape.leading)
+
+        def weighted(factor, other):
+            trace = jnp.sum(linalg.diagonal(other, ndim), axis=-1)
+            return factor * trace[(..., *(None,) * (factor.ndim - ndim))]
+
+        left = weighted(direct.left, direct.right) + weighted(reverse.left, reverse.right)
+        right = weighted(direct.right, direct.left) + weighted(reverse.right, reverse.left)
+        return Product(left, right, ndim)
+
     def spectrum(self, shape: MatrixShape, statistics: Any, pairs: tuple[tuple[Array, Array], ...]) -> Spectrum:
         [(values, vectors)] = pairs
         return Spectrum(None, vectors, jnp.maximum(values, 0)[..., None, :])

@@ -117,10 +117,17 @@ class Spectrum(eqx.Module):
 
     def power(self, vector: Float[Array, "..."], exponent: ArrayLike, damping: ArrayLike = 0.0) -> Float[Array, "..."]:
         """`(C + λI)^p v`, in the shape and dtype of the vector."""
-        v = vector.reshape(self.values.shape).astype(self.values.dtype)
-        inner = self._powers(exponent, damping) * linalg.sandwich(linalg.transpose(self.left), v, self.right)
-        result = linalg.sandwich(self.left, inner, linalg.transpose(self.right))
+        result = self.join(self._powers(exponent, damping) * self.split(vector))
         return result.reshape(vector.shape).astype(vector.dtype)
+
+    def split(self, vector: Float[Array, "..."]) -> Float[Array, "*leading m n"]:
+        """`Qᵀ v`, the components of a vector along the eigenvectors, in the order of `values`."""
+        v = vector.reshape(self.values.shape).astype(self.values.dtype)
+        return linalg.sandwich(linalg.transpose(self.left), v, self.right)
+
+    def join(self, components: Float[Array, "*leading m n"]) -> Float[Array, "*leading m n"]:
+        """`Q c`, the vector with these components: the inverse of `split`, but for its shape."""
+        return linalg.sandwich(self.left, components, linalg.transpose(self.right))
 
     def diagonal(self, exponent: ArrayLike = 1, damping: ArrayLike = 0.0) -> Float[Array, "*leading m n"]:
         """The diagonal of `(C + λI)^p`, in the shape of V."""

@@ -10,6 +10,13 @@ from .block_diagonal import (
     BlockDiagonalState as BlockDiagonalState,
 )
 from .damping import wide as wide
+from .eigenbases import (
+    axes_of as axes_of,
+    full_bases as full_bases,
+    no_bases as no_bases,
+    spectra_in as spectra_in,
+    turned_bases as turned_bases,
+)
 from .eigendecomposition import Eigendecomposition as Eigendecomposition
 from .explicit_exact import (
     ExplicitExactCurvature as ExplicitExactCurvature,

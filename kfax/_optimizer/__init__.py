@@ -6,6 +6,7 @@ from .damping import (
     RelativeDamping as RelativeDamping,
     ScheduledDamping as ScheduledDamping,
 )
+from .eigenbasis_adam import EigenbasisAdam as EigenbasisAdam, EigenbasisAdamState as EigenbasisAdamState
 from .l2 import L2 as L2
 from .optax import scale_by_curvature as scale_by_curvature, ScaleByCurvatureState as ScaleByCurvatureState
 from .optimizer import Optimizer as Optimizer
@@ -29,3 +30,4 @@ from .state import (
     StepInfo as StepInfo,
     StepResult as StepResult,
 )
+from .weight_decay import WeightDecay as WeightDecay

@@ -44,19 +44,7 @@ class L2(eqx.Module):
 
     def mask(self, model: Model, parameters: Parameters) -> PyTree:
         """Which leaves of the parameters are regularized."""
-        if self.where is None:
-            return jax.tree.map(lambda _: True, parameters)
-        model = distinct(model)
-        chosen = {id(leaf) for leaf in jax.tree.leaves(self.where(model)) if eqx.is_array(leaf)}
-        is_trained = jax.tree.map(lambda leaf: leaf is not None, parameters, is_leaf=lambda leaf: leaf is None)
-        mask = jax.tree.map(lambda leaf: id(leaf) in chosen, eqx.filter(model, is_trained))
-        if not chosen <= {id(leaf) for leaf in jax.tree.leaves(model)} or not any(jax.tree.leaves(mask)):
-            raise ValueError(
-                "`where` of `kfax.L2` must return nodes of the model, as in `where=lambda model: "
-                "[layer.weight for layer in model.layers]` (no mask of booleans), but it returned arrays that are not "
-                "among its leaves, or nothing that is trained."
-            )
-        return mask
+        return selected("kfax.L2", self.where, model, parameters)
 
     def add_gradient(self, mask: PyTree, gradient: Parameters, parameters: Parameters) -> Parameters:
         """The gradient of loss and regularizer, of that of the loss."""
@@ -86,3 +74,20 @@ class L2(eqx.Module):
         return {
             key: coefficient * jnp.mean(matrix).astype(coefficient.dtype) for key, matrix in to_matrices(flags).items()
         }
+
+
+def selected(name: str, where: Where | None, model: Model, parameters: Parameters) -> PyTree:
+    """Which leaves of the parameters are in the nodes that `where` returns; all, if it is not given."""
+    if where is None:
+        return jax.tree.map(lambda _: True, parameters)
+    model = distinct(model)
+    chosen = {id(leaf) for leaf in jax.tree.leaves(where(model)) if eqx.is_array(leaf)}
+    is_trained = jax.tree.map(lambda leaf: leaf is not None, parameters, is_leaf=lambda leaf: leaf is None)
+    mask = jax.tree.map(lambda leaf: id(leaf) in chosen, eqx.filter(model, is_trained))
+    if not chosen <= {id(leaf) for leaf in jax.tree.leaves(model)} or not any(jax.tree.leaves(mask)):
+        raise ValueError(
+            f"`where` of `{name}` must return nodes of the model, as in `where=lambda model: "
+            "[layer.weight for layer in model.layers]` (no mask of booleans), but it returned arrays that are not "
+            "among its leaves, or nothing that is trained."
+        )
+    return mask

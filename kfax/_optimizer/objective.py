@@ -50,10 +50,12 @@ class Objective(eqx.Module):
         state = jax.tree.map(lambda x, y: jnp.where(jnp.isfinite(x), y, 0), old, new)
         return self.is_finite & all_finite((self.loss, state))
 
-    def loss_at(self, plane: Plane, coefficients: Float[Array, " k"], parameters: Parameters) -> Scalar:
-        """The objective at other parameters, a combination of directions away; on the same batch, with the same key."""
+    def loss_at(self, parameters: Parameters, l2_change: Scalar | None) -> Scalar:
+        """The objective at other parameters, on the same batch, with the same key; given by how much L2 changes."""
         loss = loss_of(self.problem, self.micro_batches, parameters)
-        return loss + self.l2_value + plane.l2_change(coefficients)
+        if l2_change is not None:
+            return loss + self.l2_value + l2_change
+        return loss + self.l2.total(self.mask, inner_products((parameters,), [(0, 0)])[0])[0] / 2
 
     def plane(self, directions: tuple[Parameters, ...]) -> Plane:
         """All inner products of some directions with each other, the gradient and the parameters."""

@@ -16,7 +16,9 @@ from .._math.mesh import on_automatic_axes
 from .._math.scalars import are_valid, nonnegative, number_or_schedule, positive, scheduled
 from .._math.tree import all_finite, anywhere, combine, cond, dot, select, zeros_like
 from .._math.types import Counter, Model, Parameters, PRNGKey, Scalar, Schedule, Where
+from .base import AnyPreconditioner, check_preconditioner
 from .damping import check_blind, DampingRule, own_damping, RelativeDamping, rule_of
+from .eigenbasis_adam import EigenbasisAdam, EigenbasisAdamState
 from .objective import problem_with
 from .preconditioner import Preconditioner, PreconditionerState
 from .rescale import limit
@@ -32,14 +34,14 @@ class ScaleByCurvatureState(eqx.Module):
     """
 
     step: Counter
-    preconditioner: PreconditionerState
+    preconditioner: PreconditionerState | EigenbasisAdamState
 
 
 def scale_by_curvature(
     loss_fn: Callable,
     *,
     damping: ArrayLike | Schedule | DampingRule | RelativeDamping,
-    preconditioner: Preconditioner | None = None,
+    preconditioner: Preconditioner | EigenbasisAdam | None = None,
     norm_constraint: ArrayLike | Schedule | None = None,
     frozen: Where | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -77,8 +79,8 @@ def scale_by_curvature(
     """
     damping = own_damping(damping)
     check_blind("damping", rule_of(damping))
-    if not (preconditioner is None or isinstance(preconditioner, Preconditioner)):
-        raise ValueError(f"`preconditioner` must be a `kfax.Preconditioner(...)`, got {preconditioner!r}.")
+    if preconditioner is not None:
+        check_preconditioner(preconditioner).check_settings(isinstance(damping, RelativeDamping), micro_batches=1)
     link = _Link(
         loss_fn=loss_function(loss_fn),
         damping=damping,
@@ -98,7 +100,7 @@ class _Link(eqx.Module):
 
     loss_fn: Callable
     damping: DampingRule | RelativeDamping
-    preconditioner: Preconditioner
+    preconditioner: AnyPreconditioner
     bound: Scalar | Schedule | None
     frozen: Where | None
 
@@ -138,9 +140,9 @@ class _Link(eqx.Module):
         settings = (self.damping, self.preconditioner, self.bound, number, bound, own)
         is_good = all_finite(gradient) & are_valid(settings)
         preconditioner = self._take_in(problem, state, source_key, is_good)
-        _, damping = self.preconditioner.dampings(self.damping, number, preconditioner, parameters, step)
+        _, damping = self.preconditioner.dampings(self.damping, number, None, preconditioner, parameters, step)
         preconditioner, _ = self.preconditioner.maybe_refresh(preconditioner, parameters, damping, step)
-        solved = self.preconditioner.apply(preconditioner, gradient, damping)
+        preconditioner, solved = self.preconditioner.apply(preconditioner, gradient, damping, is_good)
         if bound is not None:
             solved = combine((limit(jnp.ones(()), dot(gradient, solved), bound),), (solved,))
         solved = select(is_good & all_finite(solved), solved, zeros_like(gradient))

@@ -18,7 +18,9 @@ from .._math.moving_average import MovingAverage
 from .._math.scalars import nonnegative, number_or_schedule, positive, within_closed_unit
 from .._math.tree import anywhere, cond, is_traced, zeros_like
 from .._math.types import Model, PRNGKey, PyTree, Schedule, Where
+from .base import AnyPreconditioner, check_preconditioner
 from .damping import DampingRule, own_damping, RelativeDamping
+from .eigenbasis_adam import EigenbasisAdam
 from .l2 import L2
 from .objective import Objective, objective_on, problem_with
 from .preconditioner import Preconditioner
@@ -26,6 +28,7 @@ from .quadratic import QuadraticModel
 from .rescale import LossConstraint, NormConstraint, ProjectedMomentum, Rejection
 from .state import OptimizerState, parameters_for, StepInfo
 from .step import Coefficient, Overrides, StepRules
+from .weight_decay import WeightDecay
 
 
 class Optimizer(eqx.Module):
@@ -50,7 +53,8 @@ class Optimizer(eqx.Module):
     momentum: Coefficient
     damping: DampingRule | RelativeDamping
     l2: L2
-    preconditioner: Preconditioner
+    weight_decay: WeightDecay
+    preconditioner: AnyPreconditioner
     rejection: Rejection | None
     micro_batches: int = eqx.field(static=True)
     report_layers: bool = eqx.field(static=True)
@@ -64,7 +68,8 @@ class Optimizer(eqx.Module):
         momentum: ArrayLike | Schedule | QuadraticModel | ProjectedMomentum,
         damping: ArrayLike | Schedule | DampingRule | RelativeDamping,
         l2: ArrayLike | L2 | None = None,
-        preconditioner: Preconditioner | None = None,
+        weight_decay: ArrayLike | WeightDecay | None = None,
+        preconditioner: Preconditioner | EigenbasisAdam | None = None,
         micro_batches: int = 1,
         rejection: Rejection | None = None,
         report_layers: bool = False,
@@ -83,7 +88,10 @@ class Optimizer(eqx.Module):
         - `damping`: λ > 0, a number, a schedule, a rule such as [`kfax.LevenbergMarquardt`][], or one of these relative
             to the curvature, [`kfax.RelativeDamping`][]. [loss/param²]
         - `l2`: η, a number, or a [`kfax.L2`][] for some of the parameters; none, if not given. [loss/param²]
-        - `preconditioner`: which curvature is inverted, and how often; [`kfax.Preconditioner`][]`()` if not given.
+        - `weight_decay`: w of decoupled weight decay, a number, or a [`kfax.WeightDecay`][] for some of the
+            parameters; none, if not given.
+        - `preconditioner`: which curvature is inverted, and how often; [`kfax.Preconditioner`][]`()` if not given. Or a
+            [`kfax.EigenbasisAdam`][].
         - `micro_batches`: in how many equal parts a batch is run, one after the other, to save memory. Examples are
             expected on axis 0 of all arrays of the batch. Parts of it that preconditioner or quadratic model are told
             to use are run whole. The step is the same, except where examples see each other (batch normalization), for
@@ -96,8 +104,7 @@ class Optimizer(eqx.Module):
         """
         whole_number("micro_batches", micro_batches)
         preconditioner = Preconditioner() if preconditioner is None else preconditioner
-        if not isinstance(preconditioner, Preconditioner):
-            raise ValueError(f"`preconditioner` must be a `kfax.Preconditioner(...)`, got {preconditioner!r}.")
+        check_preconditioner(preconditioner)
         if not (rejection is None or isinstance(rejection, Rejection)):
             raise ValueError(f"`rejection` must be `kfax.Rejection()` or `None`, got {rejection!r}.")
         if isinstance(momentum, NormConstraint | LossConstraint):
@@ -117,8 +124,9 @@ class Optimizer(eqx.Module):
             if learning_rate != momentum:
                 raise ValueError("Learning rate and momentum must be chosen by one `kfax.QuadraticModel`.")
         self.damping = own_damping(damping)
-        preconditioner.check_one_batch(is_relative=isinstance(damping, RelativeDamping), micro_batches=micro_batches)
+        preconditioner.check_settings(is_relative=isinstance(damping, RelativeDamping), micro_batches=micro_batches)
         self.l2 = l2 if isinstance(l2, L2) else L2(l2)
+        self.weight_decay = weight_decay if isinstance(weight_decay, WeightDecay) else WeightDecay(weight_decay)
         if isinstance(preconditioner.estimator, ExplicitExactCurvature) and preconditioner.exponent != -1:
             if self.l2.where is not None:
                 raise ValueError(
@@ -152,6 +160,7 @@ class Optimizer(eqx.Module):
         """
         parameters = any_parameters_of(model, self.frozen)
         self.l2.mask(model, parameters)
+        self.weight_decay.add(model, parameters, parameters, jnp.zeros(()))  # for its errors
         rule, start = self._rules.rule, zeros_like(jax.ShapeDtypeStruct((), jnp.int32))
         positive("damping", rule.value(rule.init(), start))
         if not is_traced((model, batch, key, model_state)):
@@ -298,7 +307,15 @@ class Optimizer(eqx.Module):
 
     @property
     def _rules(self) -> StepRules:
-        return StepRules(self.learning_rate, self.momentum, self.damping, self.preconditioner, self.rejection, self.l2)
+        return StepRules(
+            learning_rate=self.learning_rate,
+            momentum=self.momentum,
+            damping=self.damping,
+            preconditioner=self.preconditioner,
+            rejection=self.rejection,
+            l2=self.l2,
+            weight_decay=self.weight_decay,
+        )
 
     def _problem(
         self, model: Model, state: OptimizerState, batch: Any, key: PRNGKey | None, model_state: Any

@@ -21,6 +21,7 @@ from .._math.arguments import function, whole_number
 from .._math.scalars import nonnegative
 from .._math.tree import anywhere, cond, keep_finite, mean, zeros_like
 from .._math.types import Counter, Model, Parameters, Scalar, Schedule, Where
+from .base import add_l2, AnyPreconditioner, is_due
 from .damping import as_damping_rule, check_blind, DampingMultiple, DampingRule, RelativeDamping
 
 
@@ -57,7 +58,7 @@ class PreconditionerState(eqx.Module):
     is_stale: Bool[Array, ""]
 
 
-class Preconditioner(eqx.Module):
+class Preconditioner(AnyPreconditioner):
     r"""The inverse curvature that gradients are multiplied by, $(\hat C + \lambda I)^{-1}$, and when it is renewed.
 
     Its parts have different costs, and change at different rates: the statistics with every batch, the inverses that
@@ -129,8 +130,8 @@ class Preconditioner(eqx.Module):
         self.inverse_update_period = inverse_update_period
         self.curvature_update_period = curvature_update_period
 
-    def check_one_batch(self, is_relative: bool, micro_batches: int) -> None:
-        """Raises an error for what cannot be had of an estimator that holds one batch and has no diagonal."""
+    def check_settings(self, is_relative: bool, micro_batches: int) -> None:
+        # An estimator that holds one batch has no diagonal, and needs it whole.
         if not isinstance(self.estimator, LastBatchCurvature):
             return
         name = type(self.estimator).__name__
@@ -150,39 +151,24 @@ class Preconditioner(eqx.Module):
         if self.exponent != -1:
             shapes = eqx.filter_eval_shape(self.estimator.decompose, curvature, parameters)
             eigendecomposition = _immovable(shapes)
-        return PreconditionerState(curvature, eigendecomposition, zeros_like(jax.ShapeDtypeStruct((), bool)))
+        stale = zeros_like(jax.ShapeDtypeStruct((), bool))
+        return PreconditionerState(curvature=curvature, eigendecomposition=eigendecomposition, is_stale=stale)
 
     def dampings(
         self,
         damping: DampingRule | RelativeDamping,
         number: Scalar,
+        l2: Scalar | dict[str, Scalar] | None,
         state: PreconditionerState,
         parameters: Parameters,
         step: Counter,
-    ) -> tuple[Scalar, Scalar]:
-        """λ, where a rule says a number; and that of the preconditioner. NaN if it is out of its range."""
+    ) -> tuple[Scalar, Scalar | dict[str, Scalar]]:
         if isinstance(damping, RelativeDamping):
             # Of a matrix that may be indefinite, how large it is.
             wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), parameters)
             diagonal = self.estimator.diagonal(state.curvature, wide)
             number = number * mean(jax.tree.map(jnp.abs, diagonal))
-        return number, nonnegative("damping", self.damping.value(number, step))
-
-    def wants_curvature(self, state: PreconditionerState, step: Counter) -> Bool[Array, ""] | bool:
-        """Whether this step is to measure the curvature: in its turn, and if nothing is known yet."""
-        due = is_due(step, self.curvature_update_period)
-        return True if due is True else due | (self.estimator.weight(state.curvature) == 0)
-
-    def part_of(self, batch: Any, step: Counter) -> Any:
-        """What statistics are taken of."""
-        return batch if self.batch is None else self.batch(batch, step // self.curvature_update_period)
-
-    def fold(
-        self, state: PreconditionerState, measured: Any, is_wanted: Bool[Array, ""]
-    ) -> tuple[PreconditionerState, Bool[Array, ""]]:
-        """Takes in what was measured if it is wanted and finite; and whether it is not finite."""
-        curvature, failed = self.estimator.fold_finite(state.curvature, measured, is_wanted)
-        return PreconditionerState(curvature, state.eigendecomposition, state.is_stale), failed & is_wanted
+        return number, add_l2(nonnegative("damping", self.damping.value(number, step)), l2)
 
     def maybe_refresh(
         self,
@@ -191,10 +177,6 @@ class Preconditioner(eqx.Module):
         damping: Scalar | Mapping[str, Scalar],
         step: Counter,
     ) -> tuple[PreconditionerState, Bool[Array, ""]]:
-        """The state with those inverses that are due; and whether any of them failed, so that the old one was kept.
-
-        Within an ensemble a refresh that one member asks for is made for all, but taken by that one only.
-        """
         if isinstance(self.inverse_update_period, Staggered):
             return self._next_refresh(state, parameters, damping, step, self.inverse_update_period.period)
         due = is_due(step, self.inverse_update_period)
@@ -243,15 +225,21 @@ class Preconditioner(eqx.Module):
             known = self.estimator.weight(curvature) > 0
             spectra, failed = keep_finite(new.spectra, eigendecomposition.spectra, known, is_wanted)
             eigendecomposition = eqx.tree_at(lambda e: e.spectra, new, spectra)
-        return PreconditionerState(curvature, eigendecomposition, failed), failed
+        new = PreconditionerState(curvature=curvature, eigendecomposition=eigendecomposition, is_stale=failed)
+        return new, failed
 
     def apply(
-        self, state: PreconditionerState, gradient: Parameters, damping: Scalar | Mapping[str, Scalar]
-    ) -> Parameters:
+        self,
+        state: PreconditionerState,
+        gradient: Parameters,
+        damping: Scalar | Mapping[str, Scalar],
+        is_good: Bool[Array, ""],
+    ) -> tuple[PreconditionerState, Parameters]:
         """`(Ĉ + λI)^p ∇h`; for p = -1 with λ as of the last refresh, where a new one would take another refresh."""
+        del is_good
         if state.eigendecomposition is None:
-            return self.estimator.solve(self.estimator.redamp(state.curvature, gradient, damping), gradient)
-        return state.eigendecomposition.power(gradient, self.exponent, damping)
+            return state, self.estimator.solve(self.estimator.redamp(state.curvature, gradient, damping), gradient)
+        return state, state.eigendecomposition.power(gradient, self.exponent, damping)
 
     def _groups(self, parameters: Parameters, number: int) -> list[tuple[str, ...]]:
         """The blocks in groups of about equal cost: the costliest first, each to the group with the least so far."""
@@ -268,7 +256,3 @@ class Preconditioner(eqx.Module):
 def _immovable(shapes: Eigendecomposition) -> Eigendecomposition:
     """So that nothing moves before the first refresh."""
     return jax.tree.map(unbounded, zeros_like(shapes), is_leaf=lambda x: isinstance(x, Spectrum))
-
-
-def is_due(step: Counter, period: int) -> Bool[Array, ""] | bool:
-    return True if period == 1 else step % period == 0

@@ -4,14 +4,16 @@ from collections.abc import Callable
 
 from jaxtyping import ArrayLike
 
-from .._estimators import BlockDiagonalCurvature, CurvatureEstimator, PlacedCurvature
+from .._estimators import BlockDiagonalCurvature, CurvatureEstimator
 from .._math.types import Schedule, Where
-from .damping import DampingRule, LevenbergMarquardt, RelativeDamping
+from .damping import LevenbergMarquardt, RelativeDamping
+from .eigenbasis_adam import EigenbasisAdam
 from .l2 import L2
 from .optimizer import Optimizer
-from .preconditioner import Preconditioner, Staggered
+from .preconditioner import Preconditioner
 from .quadratic import QuadraticModel
-from .rescale import NormConstraint, Rejection
+from .rescale import Rejection
+from .weight_decay import WeightDecay
 
 
 def full_batch(
@@ -65,42 +67,31 @@ def stochastic(
     loss_fn: Callable,
     *,
     learning_rate: ArrayLike | Schedule,
-    damping: ArrayLike | Schedule | DampingRule | RelativeDamping = 1e-2,
-    bound: ArrayLike | Schedule = 1e-3,
+    weight_decay: ArrayLike | WeightDecay | None = None,
     l2: ArrayLike | L2 | None = None,
-    estimator: BlockDiagonalCurvature | PlacedCurvature | None = None,
+    estimator: BlockDiagonalCurvature | None = None,
     frozen: Where | None = None,
 ) -> Optimizer:
-    """An optimizer for mini-batches: a learning rate to choose, best with a schedule that decays, and perhaps λ.
+    """An optimizer for mini-batches: Adam in the eigenbases of the curvature, [`kfax.EigenbasisAdam`][].
 
-    On a mini-batch neither its quadratic model nor the change of its own loss says much about the loss, so nothing is
-    chosen by them. A [`kfax.NormConstraint`][] keeps steps in reach of the quadratic model while the curvature
-    changes quickly, which takes the place of a warmup. Inverses are renewed over 10 steps, some at each of them. These
-    numbers were found on the digits of the benchmarks, among some ten settings.
-
-    λ is not relative to the curvature: where the data can be fitted the curvature vanishes with the cross entropy, and
-    a λ that vanishes with it lets the steps grow. On the digits nine runs of ten diverged in this way.
-
-    ??? cite "Source"
-        Ba, Grosse & Martens 2017, "Distributed second-order optimization using Kronecker-factored approximations".
+    It is tuned as AdamW is: a learning rate, best with a warmup and a decay to zero, and perhaps a weight decay. Good
+    learning rates are those of Adam or a few times as large: 0.01 is a good first try. None depends on the unit of the
+    loss. λ is 1e-16, the square of Adam's 1e-8.
 
     **Arguments:** as for [`kfax.Optimizer`][], and:
 
-    - `learning_rate`: α, a number or a schedule: from 0.1 down is a good first try.
-    - `damping`: λ. This default and the next are for losses of some nats for each example, such as the cross entropy
-        of a classification: multiply both by whatever your loss is multiplied by. [loss/param²]
-    - `bound`: κ of the [`kfax.NormConstraint`][]. [loss]
-    - `estimator`: of the curvature; `kfax.BlockDiagonalCurvature()` if not given, and none but such or a
-        [`kfax.PlacedCurvature`][], since its blocks are refreshed one after the other.
+    - `learning_rate`: α, a number or a schedule. [param]
+    - `estimator`: of the curvature; `kfax.BlockDiagonalCurvature(decay=0.6)` if not given.
 
     **Returns:** a [`kfax.Optimizer`][].
     """
     return Optimizer(
         loss_fn,
-        learning_rate=NormConstraint(learning_rate, bound),
-        momentum=0.9,
-        damping=damping,
+        learning_rate=learning_rate,
+        momentum=0.0,
+        damping=1e-16,
         l2=l2,
-        preconditioner=Preconditioner(estimator, inverse_update_period=Staggered(10)),
+        weight_decay=weight_decay,
+        preconditioner=EigenbasisAdam(estimator),
         frozen=frozen,
     )

@@ -10,6 +10,7 @@ from .._layers import any_parameters_of, parts, to_matrices
 from .._math.moving_average import MovingAverage
 from .._math.tree import is_traced, norm
 from .._math.types import Counter, Model, Parameters, Scalar, Where
+from .eigenbasis_adam import EigenbasisAdamState
 from .preconditioner import PreconditionerState
 
 
@@ -30,7 +31,7 @@ class OptimizerState(eqx.Module):
     step: Counter
     damping: Scalar
     velocity: Parameters
-    preconditioner: PreconditionerState
+    preconditioner: PreconditionerState | EigenbasisAdamState
     was_undone: Bool[Array, ""]
     losses: MovingAverage
 

@@ -12,13 +12,14 @@ from .._math.moving_average import MovingAverage
 from .._math.scalars import are_valid, nonnegative, positive, scheduled, within_closed_unit
 from .._math.tree import combine, cond, finite_or_zero, inner_products, select
 from .._math.types import Counter, Parameters, Scalar, Schedule
+from .base import AnyPreconditioner
 from .damping import DampingRule, LevenbergMarquardt, RelativeDamping, rule_of
 from .l2 import L2
 from .objective import Objective
-from .preconditioner import Preconditioner, PreconditionerState
 from .quadratic import Plane, QuadraticModel
 from .rescale import limit, LossConstraint, NormConstraint, ProjectedMomentum, Rejection
 from .state import layer_norms, OptimizerState, StepInfo, StepResult
+from .weight_decay import WeightDecay
 
 
 Coefficient = Scalar | Schedule | QuadraticModel | NormConstraint | LossConstraint | ProjectedMomentum
@@ -77,7 +78,7 @@ class ProposedStep(eqx.Module):
     norm: Scalar
     is_finite: Bool[Array, ""]
     coefficients: tuple[Scalar, Scalar]
-    preconditioner: PreconditionerState
+    preconditioner: Any
     failed: Bool[Array, ""]
     settings: Settings
     damping: Scalar
@@ -111,9 +112,10 @@ class StepRules(eqx.Module):
     learning_rate: Coefficient
     momentum: Coefficient
     damping: DampingRule | RelativeDamping
-    preconditioner: Preconditioner
+    preconditioner: AnyPreconditioner
     rejection: Rejection | None
     l2: L2
+    weight_decay: WeightDecay
 
     @property
     def rule(self) -> DampingRule:
@@ -144,8 +146,7 @@ class StepRules(eqx.Module):
         self, number: Scalar, state: OptimizerState, parameters: Parameters, l2: Scalar | dict[str, Scalar]
     ) -> tuple[Scalar, Scalar | dict[str, Scalar]]:
         """λ, where the rule says a number; and what is to be added to the preconditioner's curvature."""
-        damping, own = self.preconditioner.dampings(self.damping, number, state.preconditioner, parameters, state.step)
-        return damping, {key: own + eta for key, eta in l2.items()} if isinstance(l2, dict) else own + l2
+        return self.preconditioner.dampings(self.damping, number, l2, state.preconditioner, parameters, state.step)
 
     def propose(
         self, objective: Objective, state: OptimizerState, settings: Settings, is_measured: bool
@@ -161,12 +162,13 @@ class StepRules(eqx.Module):
         l2 = objective.l2.damping(objective.mask, parameters)
         damping, damped = self.dampings(settings.damping, state, parameters, l2)
         preconditioner, failed = self.preconditioner.maybe_refresh(state.preconditioner, parameters, damped, state.step)
-        descent = combine((-1,), (self.preconditioner.apply(preconditioner, objective.gradient, damped),))
+        is_good = objective.is_good & settings.are_valid
+        preconditioner, uphill = self.preconditioner.apply(preconditioner, objective.gradient, damped, is_good)
         carried = state.velocity
         if isinstance(self.momentum, ProjectedMomentum):
             own = nonnegative("damping", self.preconditioner.damping.value(damping, state.step))
-            carried = combine((own,), (self.preconditioner.apply(preconditioner, carried, damped),))
-        directions = (descent, carried)
+            carried = combine((own,), (self.preconditioner.apply(preconditioner, carried, damped, is_good)[1],))
+        directions = (combine((-1,), (uphill,)), carried)
         plane = objective.plane(directions)
         losses = state.losses.update(jnp.abs(objective.loss).astype(state.losses.value.dtype), jnp.ones(()))
         coefficients, predicted = self._coefficients(
@@ -180,8 +182,9 @@ class StepRules(eqx.Module):
             if change is None:
                 curvature = self._curvature(objective, preconditioner, update, state.step)
                 change = plane.change(curvature, both)
-            new = combine((1, 1), (parameters, update))
-            return change.astype(dtype), objective.loss_at(plane, both, new).astype(dtype)
+            new = combine((1, 1), (parameters, self._with_decay(objective, update, coefficients[0])))
+            l2_change = plane.l2_change(both) if self.weight_decay.coefficient is None else None
+            return change.astype(dtype), objective.loss_at(new, l2_change).astype(dtype)
 
         def do_not_measure():
             return unknown if predicted is None else predicted.astype(dtype), unknown
@@ -237,6 +240,7 @@ class StepRules(eqx.Module):
         # A velocity that led nowhere, and not for the first time, is what may have to go.
         again = ~is_finite | state.was_undone | (self.rejection is None)
         update, velocity = proposed.taken(accepted, keeps_velocity=~(undone & again))
+        update = self._with_decay(objective, update, jnp.where(accepted, proposed.coefficients[0], 0))
         stale = proposed.preconditioner.is_stale | undone
         adjusted = self.adjusted(state.damping, proposed, self.rule.wants_ratio(state.step), undone)
         new_state = OptimizerState(
@@ -306,9 +310,11 @@ class StepRules(eqx.Module):
     def _model(self) -> QuadraticModel:
         return next(each for each in (self.learning_rate, self.momentum) if isinstance(each, QuadraticModel))
 
-    def _curvature(
-        self, objective: Objective, preconditioner: PreconditionerState, update: Parameters, step: Counter
-    ) -> Scalar:
+    def _with_decay(self, objective: Objective, update: Parameters, learning_rate: Scalar) -> Parameters:
+        problem = objective.problem
+        return self.weight_decay.add(problem.model, problem.parameters, update, learning_rate)
+
+    def _curvature(self, objective: Objective, preconditioner: Any, update: Parameters, step: Counter) -> Scalar:
         """`δᵀ C δ` for an update, of the C of the quadratic model where no coefficient was chosen by one."""
         if isinstance(self.rule, LevenbergMarquardt) and self.rule.exact_model is not None:
             return objective.gram(QuadraticModel(self.rule.exact_model), (update,), step)[0, 0]

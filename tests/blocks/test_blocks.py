@@ -226,6 +226,23 @@ def test_any_power_from_one_eigendecomposition(name, shape):
 
 
 @grid(thin=3, name=BLOCKS, shape=SHAPES)
+def test_axes_are_the_block_or_its_partial_traces(name, shape):
+    block, shape, statistics, matrix = make(name, shape)
+    axes = block.axes(shape, statistics)
+    if isinstance(block, kfax.EigenvalueCorrected):
+        factors = statistics.factors
+        matrix = kron_blocks(shape, factors.g / 2, factors.a)
+    if not isinstance(block, kfax.KroneckerSum):
+        assert_close(as_matrix(lambda v: axes.multiply(v), shape), matrix)
+        return
+    index = positions(shape).reshape(-1, shape.d_g * shape.d_a)
+    whole = matrix[index[:, :, None], index[:, None, :]].reshape(*shape.leading, *(shape.d_g, shape.d_a) * 2)
+    ndim = len(shape.leading)
+    assert_close(dense(axes.left, ndim), jnp.einsum("...iaja->...ij", whole))
+    assert_close(dense(axes.right, ndim), jnp.einsum("...iaib->...ab", whole))
+
+
+@grid(thin=3, name=BLOCKS, shape=SHAPES)
 def test_inverse_of_the_damped_block(name, shape):
     block, shape, statistics, matrix = make(name, shape)
     eye = jnp.eye(shape.num_parameters)

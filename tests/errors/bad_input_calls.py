@@ -160,12 +160,13 @@ CALLS = {
     "Predictive.sample": {"key": KEY},
     # The optimizer
     "full_batch": {**_OPTIMIZER, "estimator": None, "quadratic_model": None},
-    "stochastic": {**_OPTIMIZER, "learning_rate": 0.1, "damping": 0.1, "bound": 0.1, "estimator": None},
+    "stochastic": {**_OPTIMIZER, "learning_rate": 0.1, "weight_decay": 0.1, "estimator": None},
     "Optimizer": {
         **_OPTIMIZER,
         "learning_rate": 0.1,
         "momentum": 0.9,
         "damping": 1.0,
+        "weight_decay": 0.1,
         "preconditioner": None,
         "micro_batches": 1,
         "rejection": None,
@@ -209,6 +210,8 @@ CALLS = {
     "FixedDamping": {"damping": 1.0},
     "ScheduledDamping": {"schedule": lambda step: 1.0},
     "L2": {"coefficient": 0.1, "where": None},
+    "WeightDecay": {"coefficient": 0.1, "where": None},
+    "EigenbasisAdam": {"estimator": None, "period": 10, "b1": 0.9, "b2": 0.95, "limit": 2.0},
     "scale_by_curvature": {
         "loss_fn": loss_fn,
         "damping": 1.0,

@@ -40,6 +40,7 @@ NOT_CALLED = {
             *("BlockDiagonalState", "PlacedState", "BlockCurvature", "ExplicitExactState", "ImplicitExactState"),
             *("SampleSpaceState", "SampleSpaceBatch", "ConjugateGradientsState", "Predictive", "Eigendecomposition"),
             *("OptimizerState", "StepInfo", "StepResult", "LayerNorms", "PreconditionerState"),
+            "EigenbasisAdamState",
             *("ScaleByCurvatureState", "KroneckerFactors", "CorrectedFactors", "WeightedFactors"),
             *("Coverage", "CoverageRow", "DeviceRow", "Weighting", "SoftmaxCrossEntropy", "SigmoidCrossEntropy"),
             *("SquaredError", "PoissonNLL", "GaussianNLL", "FunctionLoss", "EnergyLoss"),

@@ -194,7 +194,7 @@ def test_the_optimizer_takes_untagged_models_for_exact_estimators(estimator):
 
 def test_other_estimators_still_say_what_has_no_block():
     loss_fn = lambda m, b: kfax.squared_error(jax.vmap(m)(b), b[:, :1])  # noqa: E731
-    optimizer = kfax.stochastic(loss_fn, learning_rate=0.1, damping=0.1)
+    optimizer = kfax.stochastic(loss_fn, learning_rate=0.1)
     with pytest.raises(ValueError, match=r"No layer is tagged.*`\.layers\[0\]\.weight`"):
         optimizer.init(MODEL, random(1, 6, 2))
     with pytest.raises(ValueError, match=r"No layer is tagged.*`\.layers\[0\]\.weight`"):

@@ -21,7 +21,7 @@ EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "resume.py"
 AUTO = kfax.QuadraticModel()
 OPTIMIZERS = {
     "full batch": kfax.full_batch,
-    "stochastic": lambda loss_fn: kfax.stochastic(loss_fn, learning_rate=0.1),
+    "stochastic": lambda loss_fn: kfax.stochastic(loss_fn, learning_rate=0.01),
     "power": lambda loss_fn: kfax.Optimizer(
         loss_fn, learning_rate=0.1, momentum=0.5, damping=0.1, preconditioner=kfax.Preconditioner(exponent=-0.5)
     ),

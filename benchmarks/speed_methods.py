@@ -184,19 +184,21 @@ def number_of(outputs, batch):
     return -jnp.sum(picked) / len(outputs)
 
 
-class Kfax:
-    """With everything adaptive, or the preset for full batches."""
+def adaptive(kfax, loss_fn):
+    auto, damping = kfax.QuadraticModel(), kfax.LevenbergMarquardt(1.0, period=PERIOD)
+    return kfax.Optimizer(loss_fn, learning_rate=auto, momentum=auto, damping=damping)
 
-    def __init__(self, workload, preset=False):
+
+class Kfax:
+    """With everything adaptive, or one of the presets."""
+
+    def __init__(self, workload, make=adaptive):
         import equinox as eqx
 
         import kfax
 
         self.batch, self.model = workload.batch(), kfax.tag(equinox_model(workload))
-        auto, damping = kfax.QuadraticModel(), kfax.LevenbergMarquardt(1.0, period=PERIOD)
-        settings = {"learning_rate": auto, "momentum": auto, "damping": damping}
-        loss_fn = kfax_loss(workload)
-        self.optimizer = kfax.full_batch(loss_fn) if preset else kfax.Optimizer(loss_fn, **settings)
+        self.optimizer = make(kfax, kfax_loss(workload))
 
         @eqx.filter_jit(donate="all-except-first")  # as kfac-jax does
         def step(batch, model, state, key):
@@ -385,7 +387,8 @@ class Limit:
 
 METHODS = {
     "kfax": Kfax,
-    "kfax, full_batch": lambda workload: Kfax(workload, preset=True),
+    "kfax, full_batch": lambda workload: Kfax(workload, lambda kfax, f: kfax.full_batch(f)),
+    "kfax, stochastic": lambda workload: Kfax(workload, lambda kfax, f: kfax.stochastic(f, learning_rate=1e-3)),
     "kfac-jax": KfacJax,
     "adamw": AdamW,
     "value and gradient": ValueAndGradient,

@@ -177,6 +177,7 @@ def kfax_stochastic(task, numbers, rate):
 WARMUP = {"warmup": Choice((0.02, 0.1, 0.3))}
 FIRST_ORDER = {"rate": LogUniform(3e-3, 6e-2), "weight_decay": LogUniform(1e-3, 1.0), **WARMUP}
 WHITENED = {"rate": LogUniform(6e-4, 1.2e-2), "weight_decay": LogUniform(3e-3, 3.0), **WARMUP}
+RATE_ONLY = {"rate": Choice((0.01, 0.02, 0.04)), "weight_decay": Choice((0.0,)), "warmup": Choice((0.1,))}
 KFAC = {"rate": LogUniform(1e-2, 1.0), "damping": LogUniform(1e-3, 1.0), "l2": LogUniform(1e-6, 1e-3), **WARMUP}
 
 METHODS = {
@@ -185,6 +186,7 @@ METHODS = {
     "soap": Method(from_optax(soap), FIRST_ORDER),
     "kfac": Method(from_kfax(kfac), KFAC),
     "kfax": Method(from_kfax(kfax_stochastic), FIRST_ORDER),
+    "kfax, rate only": Method(from_kfax(kfax_stochastic), RATE_ONLY),
 }
 if importlib.util.find_spec("psgdax"):  # `pip install psgdax`
     METHODS["kron"] = Method(from_optax(kron), WHITENED)

@@ -29,6 +29,7 @@ import os
 import pathlib
 import tempfile
 import time
+from typing import Any
 
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -42,7 +43,7 @@ from sklearn.datasets import load_digits  # noqa: E402
 import kfax  # noqa: E402
 
 
-SIZES = (8, 32, 128)
+SIZES: tuple[int, ...] = (8, 32, 128)
 # What spoils a batch, and where: in one pixel, all pixels of an example, or of all; or in the weight of an example.
 BAD = [(np.nan, "pixel"), (np.nan, "example"), (np.nan, "batch"), (np.inf, "pixel"), (-np.inf, "example"),
        (np.nan, "weight"), (np.inf, "weight"), (-1.0, "weight")]  # fmt: skip
@@ -162,7 +163,8 @@ def train(method, steps, every, is_spoiled, path, process, progress):
     """Trains from the last checkpoint on, and writes what came of it when it gets to the end."""
     # A process that is killed could leave half a program there.
     jax.config.update("jax_enable_compilation_cache", False)
-    digits, training = load_digits(), Training(method)
+    digits: Any = load_digits()
+    training = Training(method)
     model, state = training.start(digits)
     history, tallies = [], np.zeros(len(TALLIES), int)
     if path.exists():

@@ -92,7 +92,7 @@ def draw(digits, i):
     rng = np.random.default_rng(i)
     size = int(rng.choice(SIZES))
     chosen = rng.permutation(len(digits.data))[:size]
-    images, labels = np.float32(digits.data[chosen] / 16), digits.target[chosen]
+    images, labels = np.asarray(digits.data[chosen] / 16, np.float32), digits.target[chosen]
     weights = rng.uniform(0.5, 1.5, size).astype(np.float32)
     chance, row, column = rng.random(), rng.integers(size), rng.integers(images.shape[1])
     is_bad = i == 0 or chance < 0.05

@@ -29,7 +29,7 @@ class AnyPreconditioner(eqx.Module):
 
     estimator: eqx.AbstractVar[CurvatureEstimator]
     damping: eqx.AbstractVar[DampingRule]
-    batch: eqx.AbstractVar[Callable | None]
+    batch: eqx.AbstractVar[Callable[..., Any] | None]
     exponent: eqx.AbstractVar[float]
     curvature_update_period: eqx.AbstractVar[int]
 

@@ -54,14 +54,14 @@ class EigenbasisAdam(AnyPreconditioner):
     With $U_G$ and $U_A$ the eigenvectors of a Kronecker-factored block, and the gradient $\nabla_t$ of its matrix V,
     the direction of a step is
 
-    $$U_G \left[ \frac{U_G^\top\, \hat m_t\, U_A}{\sqrt{v_t + \lambda}} \right] U_A^\top, \qquad
+    $$U_G \left[ \frac{U_G^\top\, \hat m_t\, U_A}{\sqrt{v_t + \epsilon \bar v_t + \lambda}} \right] U_A^\top, \qquad
     v_t = b_2\, v_{t-1} + (1 - b_2)\, (U_G^\top\, \nabla_t\, U_A)^2, \qquad
     m_t = b_1\, m_{t-1} + (1 - b_1)\, \nabla_t,$$
 
     where squares, roots and quotients are those of each number, and both averages are divided by the sum of their
-    weights. m̂ is the average after the same gradient once more (Nesterov's momentum). Where a block has no dense
-    factors, as [`kfax.Diagonal`][] blocks have not, it is Adam itself, and with [`kfax.Full`][] blocks the basis is
-    that of all numbers of a layer.
+    weights. m̂ is the average after the same gradient once more (Nesterov's momentum), $\bar v$ the mean of all numbers
+    in v, and ε the relative damping. Where a block has no dense factors, as [`kfax.Diagonal`][] blocks have not, it is
+    Adam itself, and with [`kfax.Full`][] blocks the basis is that of all numbers of a layer.
 
     On mini-batches this is worth more than the inverse of the curvature, and costs little more than Adam: what a number
     is divided by follows the gradients themselves, at every step, and from the curvature only the directions are taken,
@@ -69,19 +69,20 @@ class EigenbasisAdam(AnyPreconditioner):
     after the new statistics by a step of the power method. The directions know no unit: the loss may be multiplied by
     what you like (as long as λ stays negligible).
 
-    Numbers beyond `limit` are cut: where a basis turns, squares are for a while those of another direction. To each
-    square the mean of all of its matrix is added, multiplied by the relative precision of the numbers: directions of
-    which nothing is seen but rounding errors do not move.
+    Numbers beyond `limit` are cut: where a basis turns, squares are for a while those of another direction. The
+    relative damping keeps directions of which little is seen, some of them but rounding errors, from moving as far as
+    all others.
 
     ??? cite "Source"
         Vyas et al. 2024, arXiv:2409.11321 (SOAP), algorithm 3. Differs: the bases are those of K-FAC's factors rather
-        than of the gradient's; Nesterov's momentum; the limit; all layers that have blocks are turned.
+        than of the gradient's; Nesterov's momentum; the limit and the relative damping.
     """
 
     estimator: BlockDiagonalCurvature
     b1: Scalar
     b2: Scalar
     limit: Scalar
+    relative_damping: Scalar
     period: int = eqx.field(static=True)
 
     def __init__(
@@ -92,6 +93,7 @@ class EigenbasisAdam(AnyPreconditioner):
         b1: ArrayLike = 0.9,
         b2: ArrayLike = 0.95,
         limit: ArrayLike = 2.0,
+        relative_damping: ArrayLike = 0.01,
     ):
         """**Arguments:**
 
@@ -100,6 +102,7 @@ class EigenbasisAdam(AnyPreconditioner):
         - `period`: how many steps between updates of the statistics, and turns of the bases.
         - `b1`, `b2`: the decays of the averages of gradients and of squares, in [0, 1]; 1 is the plain mean.
         - `limit`: the largest number in a basis, before it is multiplied by the learning rate.
+        - `relative_damping`: ε ≥ 0.
 
         **Raises:** `ValueError` for values out of their range, or another estimator.
         """
@@ -114,6 +117,7 @@ class EigenbasisAdam(AnyPreconditioner):
         self.estimator = estimator
         self.b1, self.b2 = within_closed_unit("b1", b1), within_closed_unit("b2", b2)
         self.limit = positive("limit", limit)
+        self.relative_damping = nonnegative("relative_damping", relative_damping)
         self.period = whole_number("period", period)
 
     @property
@@ -210,9 +214,9 @@ class EigenbasisAdam(AnyPreconditioner):
 
         def direction(key):
             spectrum, squares = spectra[key], second.value[key]
-            # What is less is made of rounding errors of the rest.
-            least = jnp.finfo(squares.dtype).eps * jnp.mean(squares, axis=(-2, -1), keepdims=True)
-            numbers = spectrum.split(ahead[key]) * jax.lax.rsqrt(squares + least + damping.astype(squares.dtype))
+            mean = jnp.mean(squares, axis=(-2, -1), keepdims=True)
+            damped = squares + self.relative_damping.astype(squares.dtype) * mean + damping.astype(squares.dtype)
+            numbers = spectrum.split(ahead[key]) * jax.lax.rsqrt(damped)
             limit = self.limit.astype(numbers.dtype)
             return spectrum.join(jnp.clip(numbers, -limit, limit)).reshape(ahead[key].shape)
 

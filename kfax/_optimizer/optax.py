@@ -18,9 +18,9 @@ from .._math.tree import all_finite, anywhere, combine, cond, dot, select, zeros
 from .._math.types import Counter, Model, Parameters, PRNGKey, Scalar, Schedule, Where
 from .base import AnyPreconditioner, check_preconditioner
 from .damping import check_blind, DampingRule, own_damping, RelativeDamping, rule_of
-from .eigenbasis_adam import EigenbasisAdam, EigenbasisAdamState
+from .eigenbasis_adam import EigenbasisAdam
 from .objective import problem_with
-from .preconditioner import Preconditioner, PreconditionerState
+from .preconditioner import Preconditioner
 from .rescale import limit
 
 
@@ -30,11 +30,11 @@ class ScaleByCurvatureState(eqx.Module):
     **Fields:**
 
     - `step`: how many updates were made.
-    - `preconditioner`: the state of the estimator, with its inverses.
+    - `preconditioner`: a [`kfax.PreconditionerState`][] or a [`kfax.EigenbasisAdamState`][].
     """
 
     step: Counter
-    preconditioner: PreconditionerState | EigenbasisAdamState
+    preconditioner: Any
 
 
 def scale_by_curvature(

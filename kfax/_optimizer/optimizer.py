@@ -18,7 +18,7 @@ from .._math.moving_average import MovingAverage
 from .._math.scalars import nonnegative, number_or_schedule, positive, within_closed_unit
 from .._math.tree import anywhere, cond, is_traced, zeros_like
 from .._math.types import Model, PRNGKey, PyTree, Schedule, Where
-from .base import AnyPreconditioner, check_preconditioner
+from .base import check_preconditioner
 from .damping import DampingRule, own_damping, RelativeDamping
 from .eigenbasis_adam import EigenbasisAdam
 from .l2 import L2
@@ -54,7 +54,7 @@ class Optimizer(eqx.Module):
     damping: DampingRule | RelativeDamping
     l2: L2
     weight_decay: WeightDecay
-    preconditioner: AnyPreconditioner
+    preconditioner: Preconditioner | EigenbasisAdam
     rejection: Rejection | None
     micro_batches: int = eqx.field(static=True)
     report_layers: bool = eqx.field(static=True)

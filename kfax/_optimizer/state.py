@@ -10,8 +10,6 @@ from .._layers import any_parameters_of, parts, to_matrices
 from .._math.moving_average import MovingAverage
 from .._math.tree import is_traced, norm
 from .._math.types import Counter, Model, Parameters, Scalar, Where
-from .eigenbasis_adam import EigenbasisAdamState
-from .preconditioner import PreconditionerState
 
 
 class OptimizerState(eqx.Module):
@@ -23,7 +21,8 @@ class OptimizerState(eqx.Module):
     - `damping`: what the damping rule stores. For an adaptive one it is λ [loss/param²], or a multiple of the mean
         eigenvalue if it is relative; for a schedule the first value. λ of a step is in its [`kfax.StepInfo`][].
     - `velocity`: the previous update of the parameters. [param]
-    - `preconditioner`: the state of the estimator, with its inverses.
+    - `preconditioner`: a [`kfax.PreconditionerState`][] or a [`kfax.EigenbasisAdamState`][], which has the state of the
+        estimator, and what is computed from it.
     - `was_undone`: whether the last step was.
     - `losses`: the mean of the objective's absolute value over all steps whose batches were finite. [loss]
     """
@@ -31,7 +30,7 @@ class OptimizerState(eqx.Module):
     step: Counter
     damping: Scalar
     velocity: Parameters
-    preconditioner: PreconditionerState | EigenbasisAdamState
+    preconditioner: Any
     was_undone: Bool[Array, ""]
     losses: MovingAverage
 

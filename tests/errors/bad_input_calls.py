@@ -211,7 +211,7 @@ CALLS = {
     "ScheduledDamping": {"schedule": lambda step: 1.0},
     "L2": {"coefficient": 0.1, "where": None},
     "WeightDecay": {"coefficient": 0.1, "where": None},
-    "EigenbasisAdam": {"estimator": None, "period": 10, "b1": 0.9, "b2": 0.95, "limit": 2.0},
+    "EigenbasisAdam": {"estimator": None, "period": 10, "b1": 0.9, "b2": 0.95, "limit": 2.0, "relative_damping": 0.01},
     "scale_by_curvature": {
         "loss_fn": loss_fn,
         "damping": 1.0,

@@ -51,7 +51,14 @@ def loss_fn(model, batch):
 def train(batches, epochs, seed):
     """Models after so many epochs."""
     model = kfax.tag(eqx.nn.MLP(64, 10, 64, 1, activation=jnp.tanh, key=jax.random.key(seed)))
-    optimizer = kfax.stochastic(loss_fn, learning_rate=0.01, l2=1e-4)
+    optimizer = kfax.Optimizer(
+        loss_fn,
+        learning_rate=kfax.NormConstraint(0.1, bound=1e-3),
+        momentum=0.9,
+        damping=1e-2,
+        l2=1e-4,
+        preconditioner=kfax.Preconditioner(inverse_update_period=kfax.Staggered(10)),
+    )
     state, step = optimizer.init(model, batches[0], key=jax.random.key(seed)), eqx.filter_jit(optimizer.step)
     for i in track(range(max(epochs)), "training"):
         for j, batch in enumerate(batches):

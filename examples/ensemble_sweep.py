@@ -35,7 +35,13 @@ def make_model(key):
 
 def train_ensemble(keys, batches):
     """Models with another axis in front of all their arrays, and the losses of each at every step."""
-    optimizer = kfax.stochastic(loss_fn, learning_rate=0.01)
+    optimizer = kfax.Optimizer(
+        loss_fn,
+        learning_rate=kfax.NormConstraint(0.1, bound=1e-3),
+        momentum=0.9,
+        damping=1e-2,
+        preconditioner=kfax.Preconditioner(inverse_update_period=kfax.Staggered(10)),
+    )
     models = eqx.filter_vmap(make_model)(keys)
     # All arrays of the state have an axis of members, but the number of the step is the same for all: so "is a refresh
     # due?" stays one question.

@@ -132,6 +132,7 @@ def test_a_release_is_of_a_tag_that_version_and_changelog_have(tmp_path):
     assert not runs(f"v{version}.1", f"## [{version}] - 2030-01-01")
     assert not runs(version, f"## [{version}] - 2030-01-01")
     assert not runs(f"v{version}", f"## [{version}.1] - 2030-01-01")
+    assert not runs(f"v{version}", f"## [{version}] (not yet)")
 
 
 @pytest.mark.parametrize("path", FORMS, ids=name_of)

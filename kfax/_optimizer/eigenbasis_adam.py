@@ -63,10 +63,11 @@ class EigenbasisAdam(AnyPreconditioner):
     in v, and ε the relative damping. Where a block has no dense factors, as [`kfax.Diagonal`][] blocks have not, it is
     Adam itself, and with [`kfax.Full`][] blocks the basis is that of all numbers of a layer.
 
-    On mini-batches this is worth more than the inverse of the curvature, and costs little more than Adam: what a number
+    On mini-batches this is worth more than the inverse of the curvature, and costs less: what a number
     is divided by follows the gradients themselves, at every step, and from the curvature only the directions are taken,
-    which change slowly. So the model is differentiated once more only every `period` steps, when the bases are turned
-    after the new statistics by a step of the power method. The directions know no unit: the loss may be multiplied by
+    which change slowly. So statistics are taken only every `period` steps, when the bases are turned after them by a
+    step of the power method, of about 5 d³ flops for each factor; every step multiplies each matrix six times by its
+    bases. The directions know no unit: the loss may be multiplied by
     what you like (as long as λ stays negligible).
 
     Numbers beyond `limit` are cut: where a basis turns, squares are for a while those of another direction. The

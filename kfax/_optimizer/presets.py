@@ -75,7 +75,7 @@ def stochastic(
     """An optimizer for mini-batches: Adam in the eigenbases of the curvature, [`kfax.EigenbasisAdam`][].
 
     It is tuned as AdamW is: a learning rate, best with a warmup and a decay to zero, and perhaps a weight decay. Good
-    learning rates are those of Adam or a few times as large: 0.01 is a good first try. None depends on the unit of the
+    learning rates are about those of Adam: 0.01 is a good first try. None depends on the unit of the
     loss. λ is 1e-16, the square of Adam's 1e-8.
 
     **Arguments:** as for [`kfax.Optimizer`][], and:

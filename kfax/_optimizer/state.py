@@ -100,7 +100,8 @@ class StepInfo(eqx.Module):
         is adjusted. [loss]
     - `gradient_norm`: of the objective. [loss/param]
     - `descent_norm`: of the preconditioned gradient. [param]
-    - `proposed_norm`: of the update that was proposed, whether the step was taken or not. [param]
+    - `proposed_norm`: of the update that was proposed, whether the step was taken or not. Like the next, and the
+        predicted change, without weight decay. [param]
     - `update_norm`: of the change of the parameters: that of the update, or zero. [param]
     - `learning_rate`, `momentum`: the coefficients that were used.
     - `is_constrained`: whether a constraint lowered the learning rate.
